@@ -1,0 +1,3 @@
+module offloadhook
+
+go 1.25

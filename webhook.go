@@ -1,0 +1,1084 @@
+// Package offloadhook receives the webhooks of Offload, a service that works cases over email, and does not lose them.
+//
+//	journal, err := offloadhook.OpenJournal("/var/lib/myapp/offload", 0)
+//	…
+//	receiver := offloadhook.Handler(offloadhook.Callbacks{
+//		CaseCompleted: func(ctx context.Context, env *offloadhook.Envelope, c *offloadhook.CaseCompleted) error {
+//			return store.Finish(ctx, c.CaseID, c.Result)
+//		},
+//	}, offloadhook.WithInbox(journal))
+//	mux.Handle("/offload", receiver)
+//
+// Offload sends each event once, unsigned, and drops what does not get a 2xx. So:
+//
+//  1. A 2xx means ours. With a [Journal], or another [Inbox], an event that got a 2xx reaches its callback at least
+//     once, whatever happens to the process.
+//  2. The sender never waits for your code. The 2xx goes out before the callback finishes.
+//  3. One id, one handling. Once a callback has returned nil and that is recorded, it is not called for the same
+//     event_id again. Only a crash, losing the store, or a stall longer than a shared store's lease, between the two,
+//     can run it a second time.
+//  4. A failed callback is tried again here, since Offload will not send again.
+//  5. One case, in order. Within a receiver, events of one caseId run one at a time, in the order in which they were
+//     accepted; different cases run side by side. An event that was given up has lost its place.
+//  6. Nothing is dropped in silence, and nothing real is refused for its form. What is refused, given up, left over or
+//     not understood reaches [WithObserver], with the bytes as far as they were read.
+//
+// Without an Inbox a crash loses the events whose callbacks had not returned. Nothing is signed: set [WithToken], serve
+// HTTPS, and do not advertise the URL. Callbacks may run again after a crash, so make them idempotent by event_id.
+package offloadhook
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Handler returns a receiver that hands events to cb. It panics on an invalid option. The options are [WithDeduper],
+// [WithInbox], [WithToken], [WithConcurrency], [WithBacklog], [WithRetry], [WithMaxBodyBytes], [WithFailClosed] and
+// [WithObserver]. Call Shutdown when the HTTP server has stopped.
+func Handler(cb Callbacks, opts ...Option) *Receiver {
+	r := &Receiver{
+		cb:          cb,
+		store:       new(Memory),
+		concurrency: 32,
+		backlog:     1024,
+		attempts:    8,
+		backoff:     time.Second,
+		maxBody:     1 << 20,
+		observe:     logProblems,
+		drained:     make(chan struct{}),
+		swept:       make(chan struct{}),
+		wake:        make(chan struct{}, 1),
+		tasks:       make(map[string]*task),
+		tails:       make(map[string]*task),
+	}
+	for _, opt := range opts {
+		opt.apply(r)
+	}
+	r.alive, r.cancel = context.WithCancel(context.Background())
+	if r.inbox == nil {
+		close(r.swept)
+	} else {
+		r.behind = true
+		go r.sweep()
+	}
+	return r
+}
+
+// Callbacks are the user's functions. Every field may be nil. They run concurrently, for different cases. The context
+// keeps the values of the request, not its cancellation, and ends with Shutdown; an event that was read back from an
+// Inbox has no request, so its context has no values. An error or a panic means: try again. env and the payload are
+// read-only.
+type Callbacks struct {
+	CaseCompleted   func(ctx context.Context, env *Envelope, c *CaseCompleted) error
+	CaseFailed      func(ctx context.Context, env *Envelope, c *CaseFailed) error
+	CaseInputNeeded func(ctx context.Context, env *Envelope, c *CaseInputNeeded) error
+	// Other gets what no field above took: an unknown type, a nil field, or data that does not fit its struct.
+	Other func(ctx context.Context, env *Envelope) error
+}
+
+// Receiver is the http.Handler. It is safe for concurrent use. Handler makes it; the zero value is of no use.
+type Receiver struct {
+	cb          Callbacks
+	store       Deduper
+	inbox       Inbox // the store, where it is one
+	tokens      [][sha256.Size]byte
+	concurrency int
+	backlog     int
+	attempts    int
+	backoff     time.Duration
+	maxBody     int64
+	failClosed  bool
+	observe     func(context.Context, Observation)
+
+	alive   context.Context // ends with Shutdown, or when the inbox is lost; so do the contexts of the callbacks
+	cancel  context.CancelFunc
+	drained chan struct{} // closed when nothing is accepted any more and no task is left
+	swept   chan struct{} // closed when the sweep has ended
+	wake    chan struct{} // asks the sweep to read the inbox; holds one request
+
+	mu      sync.Mutex // protects what follows, and every task's fields
+	closed  bool
+	tasks   map[string]*task // by event id: those being decided and those held in memory
+	tails   map[string]*task // by case id: the last task of each case that has any; linked from the first by next
+	ready   []*task          // those whose turn it is, in order
+	workers int              // goroutines that run tasks: at most concurrency
+	held    int              // tasks that are decided
+	waiting int              // tasks among them that wait for another attempt
+	queue   []*task          // claimed, waiting for room; without an inbox
+
+	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
+	reading  bool                // the inbox is being read
+	missed   bool                // an event was left to the inbox during this reading
+	arrivals []*task             // accepted during this reading, to follow what it yields
+	finished map[string]struct{} // ids whose tasks ended during this reading; nil outside of one
+}
+
+// ServeHTTP answers 202 to a new event, 200 to a duplicate, both before any callback finishes (promise 2), and 4xx or
+// 503 to what it refuses.
+func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	start := time.Now()
+	body, err := r.read(w, req)
+	if err != nil {
+		r.observe(req.Context(), Observation{Outcome: Refused, Body: body, Elapsed: time.Since(start), Err: err})
+		refuse(w, err)
+		return
+	}
+	switch fresh, err := r.take(req.Context(), start, body); {
+	case err != nil:
+		refuse(w, err)
+	case fresh:
+		w.WriteHeader(http.StatusAccepted)
+	default:
+		w.WriteHeader(http.StatusOK)
+	}
+}
+
+// Deliver takes an event without HTTP: from a poller, a queue, a replay. It keeps a copy of body, and knows no limit of
+// its size. A nil error means what a 2xx means; fresh is false for a duplicate. The errors are those that wrap
+// ErrMalformed, ErrBusy or ErrClosed, and those of the store. ctx lends its values; its end does not stop the delivery.
+func (r *Receiver) Deliver(ctx context.Context, body []byte) (fresh bool, err error) {
+	return r.take(ctx, time.Now(), bytes.Clone(body))
+}
+
+// Shutdown refuses new events and waits for those in hand: all that were accepted, or with an Inbox the running ones,
+// since it keeps the others. When ctx ends it cancels the callbacks, reports what is left as Unfinished, and returns
+// the error of ctx. Call it when the HTTP server has stopped, and close the Inbox after it.
+func (r *Receiver) Shutdown(ctx context.Context) error {
+	r.mu.Lock()
+	r.closed = true
+	if r.inbox != nil {
+		r.drop(false)
+	}
+	r.checkDrained()
+	r.mu.Unlock()
+	select {
+	case <-r.drained:
+	default:
+		select {
+		case <-r.drained:
+		case <-ctx.Done():
+			r.abandon(ctx.Err())
+			return ctx.Err()
+		}
+	}
+	r.cancel()
+	<-r.swept
+	return nil
+}
+
+// Option configures a Handler.
+type Option interface{ apply(*Receiver) }
+
+type option func(*Receiver)
+
+func (o option) apply(r *Receiver) { o(r) }
+
+// WithDeduper sets what remembers the ids; the default is a new Memory. It panics when given nil or an Inbox: say
+// WithInbox.
+func WithDeduper(d Deduper) Option {
+	if _, ok := d.(Inbox); ok || d == nil {
+		panic("offloadhook: WithDeduper wants a Deduper that is no Inbox")
+	}
+	return option(func(r *Receiver) { r.store, r.inbox = d, nil })
+}
+
+// WithInbox sets what keeps the events, durably, in place of a Deduper. It has a name of its own so that a wrapper
+// around an Inbox cannot lose it by accident. It panics when given nil.
+func WithInbox(in Inbox) Option {
+	if in == nil {
+		panic("offloadhook: WithInbox wants an Inbox")
+	}
+	return option(func(r *Receiver) { r.store, r.inbox = in, in })
+}
+
+// WithToken refuses requests that carry none of tokens, as ?token=… in the URL or as Authorization: Bearer …. Several
+// serve for rotation. It panics when given none or an empty one. The default is to accept every request.
+func WithToken(tokens ...string) Option {
+	if len(tokens) == 0 || slices.Contains(tokens, "") {
+		panic("offloadhook: WithToken wants tokens that are not empty")
+	}
+	return option(func(r *Receiver) {
+		r.tokens = nil
+		for _, token := range tokens {
+			r.tokens = append(r.tokens, sha256.Sum256([]byte(token)))
+		}
+	})
+}
+
+// WithConcurrency sets how many callbacks run at once; the default is 32. It panics when n is less than 1.
+func WithConcurrency(n int) Option {
+	positive("WithConcurrency", n)
+	return option(func(r *Receiver) { r.concurrency = n })
+}
+
+// WithBacklog sets how many accepted events are held in memory, running ones included; the default is 1024. As many
+// again may be waiting for their next attempt. It panics when n is less than 1.
+func WithBacklog(n int) Option {
+	positive("WithBacklog", n)
+	return option(func(r *Receiver) { r.backlog = n })
+}
+
+// WithRetry sets how often a callback is called at most, and how long it rests after its first failure. The rest
+// doubles with each failure, up to an hour, with a jitter of a quarter. The default of 8 and 1 s takes about two
+// minutes; 1 means never retry. It panics when attempts is less than 1 or backoff negative.
+func WithRetry(attempts int, backoff time.Duration) Option {
+	positive("WithRetry", attempts)
+	if backoff < 0 {
+		panic("offloadhook: WithRetry wants a backoff that is not negative")
+	}
+	return option(func(r *Receiver) { r.attempts, r.backoff = attempts, backoff })
+}
+
+// WithMaxBodyBytes sets the largest body that ServeHTTP reads, in bytes; the default is 1 MiB. It panics when n is less
+// than 1.
+func WithMaxBodyBytes(n int64) Option {
+	positive("WithMaxBodyBytes", n)
+	return option(func(r *Receiver) { r.maxBody = n })
+}
+
+// WithFailClosed answers 503 when a plain Deduper fails. The default is to accept the event and to handle it without
+// the Deduper, because a refused event is lost. With an Inbox the answer is always 503.
+func WithFailClosed() Option {
+	return option(func(r *Receiver) { r.failClosed = true })
+}
+
+// WithObserver sets what is told of every outcome. f is called in line and concurrently, must return quickly and must
+// not panic. The default logs the problems to slog.Default, without the bodies. It panics when f is nil.
+func WithObserver(f func(context.Context, Observation)) Option {
+	if f == nil {
+		panic("offloadhook: WithObserver wants a function")
+	}
+	return option(func(r *Receiver) { r.observe = f })
+}
+
+func positive[N int | int64](name string, n N) {
+	if n < 1 {
+		panic(fmt.Sprintf("offloadhook: %s wants at least 1, not %d", name, n))
+	}
+}
+
+// Observation is something that happened to an event, for logs, metrics and error reports. Envelope and Body are
+// read-only.
+type Observation struct {
+	Outcome  Outcome
+	Envelope *Envelope     // nil when the body held none
+	Body     []byte        // the bytes received, as far as they were read
+	Attempt  int           // 1 for the first call of the callback, 0 before
+	Elapsed  time.Duration // to the answer (Accepted, Duplicate, Refused), or of the attempt
+	Err      error
+}
+
+// Outcome says what happened.
+type Outcome string
+
+// The outcomes.
+const (
+	Accepted    Outcome = "accepted"     // got a 202
+	Duplicate   Outcome = "duplicate"    // got a 200
+	Refused     Outcome = "refused"      // got a 4xx or a 503: the event is lost unless the body is kept
+	Handled     Outcome = "handled"      // its callback returned nil; Err is set where the data did not fit its struct
+	Ignored     Outcome = "ignored"      // no callback takes its type
+	Retrying    Outcome = "retrying"     // its callback failed and will be called again
+	GaveUp      Outcome = "gave_up"      // its callback failed for the last time: the id may be claimed again
+	Unfinished  Outcome = "unfinished"   // left over at Shutdown, or when the inbox was lost
+	StoreFailed Outcome = "store_failed" // the Deduper or Inbox failed; Envelope is nil when it was not about one event
+)
+
+// PanicError is the panic of a callback, as an error.
+type PanicError struct {
+	Value any
+	Stack []byte
+}
+
+func (e *PanicError) Error() string {
+	return fmt.Sprintf("offloadhook: callback panicked: %v", e.Value)
+}
+
+// Unwrap returns Value where that is an error.
+func (e *PanicError) Unwrap() error {
+	err, _ := e.Value.(error)
+	return err
+}
+
+// What Deliver returns, wrapped with detail. Test with errors.Is.
+var (
+	ErrMalformed = errors.New("offloadhook: malformed event") // it can never be accepted
+	ErrBusy      = errors.New("offloadhook: no room")         // WithBacklog is too small, or the callbacks too slow
+	ErrClosed    = errors.New("offloadhook: closed")          // after Shutdown; from an Inbox: it is closed, or another's now
+)
+
+var (
+	errGoexit   = errors.New("offloadhook: callback called runtime.Goexit")
+	errPanicked = errors.New("offloadhook: the store panicked")
+)
+
+const (
+	bodyTimeout  = 10 * time.Second // for a request's body to come in
+	storeTimeout = 5 * time.Second  // for each call of the store
+	roomTimeout  = 5 * time.Second  // for room in the backlog
+	sweepEvery   = 10 * time.Second // between calls of Inbox.Pending
+	storeRest    = time.Second      // after the store has failed for the first time
+	doneAttempts = 8                // to record the end of an event in a plain Deduper
+	longestRest  = time.Hour        // between two attempts
+)
+
+// logProblems is the default observer. It logs nothing of a body.
+func logProblems(ctx context.Context, o Observation) {
+	switch o.Outcome {
+	case Accepted, Duplicate, Handled, Ignored:
+		if o.Err == nil {
+			return
+		}
+	}
+	attrs := []slog.Attr{slog.String("outcome", string(o.Outcome)), slog.Any("error", o.Err)}
+	if o.Envelope != nil {
+		attrs = append(attrs, slog.String("event_id", o.Envelope.EventID))
+	}
+	if o.Attempt > 0 {
+		attrs = append(attrs, slog.Int("attempt", o.Attempt))
+	}
+	if p := (*PanicError)(nil); errors.As(o.Err, &p) {
+		attrs = append(attrs, slog.String("stack", string(p.Stack)))
+	}
+	slog.Default().LogAttrs(ctx, slog.LevelWarn, "offloadhook", attrs...)
+}
+
+// refusal is an answer that concerns the request, not the event.
+type refusal struct {
+	status int
+	reason string
+}
+
+func (e *refusal) Error() string { return "offloadhook: " + e.reason }
+
+// read returns the body of a request that may carry an event. It checks what costs nothing first. The deadline comes
+// before everything, because net/http drains the body of a request that was refused unread.
+func (r *Receiver) read(w http.ResponseWriter, req *http.Request) ([]byte, error) {
+	control := http.NewResponseController(w)
+	bounded := false
+	// Without a body, an expiring deadline would cancel the request. Server.ReadTimeout has set one that may be stricter.
+	if req.Body != nil && req.Body != http.NoBody {
+		server, _ := req.Context().Value(http.ServerContextKey).(*http.Server)
+		if bounded = server == nil || server.ReadTimeout <= 0 || server.ReadTimeout > bodyTimeout; bounded {
+			_ = control.SetReadDeadline(time.Now().Add(bodyTimeout)) // recorders and wrappers may not support it
+		}
+	}
+	switch {
+	case req.Method != http.MethodPost:
+		return nil, &refusal{http.StatusMethodNotAllowed, "the method is not POST"}
+	case len(r.tokens) > 0 && !r.authorized(req):
+		return nil, &refusal{http.StatusUnauthorized, "no valid token"}
+	case !isJSON(req.Header.Get("Content-Type")):
+		return nil, &refusal{http.StatusUnsupportedMediaType, "the content type is not JSON"}
+	case req.ContentLength > r.maxBody:
+		return nil, &refusal{http.StatusRequestEntityTooLarge, "the body is too large"}
+	case req.Body == nil:
+		return nil, nil
+	}
+	// A declared length is only a claim: the buffer follows what comes in.
+	body := make([]byte, 0, 1+min(max(req.ContentLength, 511), 16<<10))
+	for src := http.MaxBytesReader(w, req.Body, r.maxBody); ; {
+		n, err := src.Read(body[len(body):cap(body)])
+		body = body[:len(body)+n]
+		switch tooLarge := (*http.MaxBytesError)(nil); {
+		case err == io.EOF:
+			if bounded {
+				_ = control.SetReadDeadline(time.Time{})
+			}
+			return body, nil
+		case errors.As(err, &tooLarge):
+			return body, &refusal{http.StatusRequestEntityTooLarge, "the body is too large"}
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return body, &refusal{http.StatusRequestTimeout, "the body did not come in time"}
+		case err != nil:
+			// To return in silence would be a 200.
+			return body, &refusal{http.StatusBadRequest, "the body broke off"}
+		}
+		if len(body) == cap(body) {
+			body = slices.Grow(body, len(body))
+		}
+	}
+}
+
+// authorized reports whether req carries one of the tokens, in a time that tells nothing about them.
+func (r *Receiver) authorized(req *http.Request) bool {
+	query := sha256.Sum256([]byte(req.URL.Query().Get("token")))
+	scheme, bearer, _ := strings.Cut(req.Header.Get("Authorization"), " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		bearer = ""
+	}
+	header := sha256.Sum256([]byte(bearer))
+	found := 0
+	for _, token := range r.tokens {
+		found |= subtle.ConstantTimeCompare(token[:], query[:]) | subtle.ConstantTimeCompare(token[:], header[:])
+	}
+	return found == 1
+}
+
+// isJSON reports whether a content type is JSON. A missing one passes: the body will tell.
+func isJSON(contentType string) bool {
+	media, _, _ := strings.Cut(contentType, ";")
+	media = strings.ToLower(strings.TrimSpace(media))
+	return contentType == "" || media == "application/json" ||
+		strings.HasPrefix(media, "application/") && strings.HasSuffix(media, "+json")
+}
+
+// refuse writes the answer to a refused request. It carries no internal error and nothing of the body.
+func refuse(w http.ResponseWriter, err error) {
+	status, reason := http.StatusServiceUnavailable, "offloadhook: the store failed"
+	if known := (*refusal)(nil); errors.As(err, &known) {
+		status, reason = known.status, known.Error()
+		w.Header().Set("Connection", "close") // the body may be unread
+	}
+	switch {
+	case errors.Is(err, ErrMalformed):
+		status, reason = http.StatusBadRequest, err.Error()
+	case errors.Is(err, ErrBusy):
+		reason = ErrBusy.Error()
+	case errors.Is(err, ErrClosed):
+		reason = ErrClosed.Error()
+		w.Header().Set("Connection", "close")
+	}
+	switch status {
+	case http.StatusMethodNotAllowed:
+		w.Header().Set("Allow", http.MethodPost)
+	case http.StatusUnauthorized:
+		w.Header().Set("WWW-Authenticate", "Bearer")
+	case http.StatusServiceUnavailable:
+		w.Header().Set("Retry-After", "1")
+	}
+	http.Error(w, reason, status)
+}
+
+// task is an event on its way from the claim to the record of its end.
+type task struct {
+	env     Envelope
+	ctx     context.Context // of the request, without its cancellation; Background for an event from the inbox
+	caseID  string
+	state   state
+	room    chan struct{} // closed when the task has been given room; made when it must wait for that
+	decided chan struct{} // closed when err is set; made by the first duplicate that waits for that
+	err     error         // why the event was not accepted
+
+	next    *task // of the same case, to run after this one
+	attempt int
+	timer   *time.Timer // ends the waiting
+	ended   bool        // nothing is left to do but to record result
+	result  error       // what Done is given
+	records int         // how often Done has failed
+}
+
+type state uint8
+
+const (
+	deciding state = iota // the store is being asked, or room waited for
+	queued                // in memory, until its turn comes
+	running               // its callback runs, or its end is being recorded
+	waiting               // for the next attempt at that
+	gone                  // no longer in memory
+)
+
+// take is one delivery: parse, accept, observe.
+func (r *Receiver) take(ctx context.Context, start time.Time, body []byte) (fresh bool, err error) {
+	t := new(task)
+	o := Observation{Outcome: Refused, Body: body}
+	if err = t.env.parse(body); err == nil {
+		o.Envelope = &t.env
+		t.ctx = context.WithoutCancel(ctx)
+		fresh, err = r.accept(t)
+	}
+	switch {
+	case err != nil:
+		o.Err = err
+	case fresh:
+		o.Outcome = Accepted
+	default:
+		o.Outcome = Duplicate
+	}
+	o.Elapsed = time.Since(start)
+	r.observe(ctx, o)
+	return fresh, err
+}
+
+// accept claims the event of t and puts it where its turn will come. A delivery of the same id that comes meanwhile
+// shares the outcome, whichever it is: none is answered before the claim is held (promise 3).
+func (r *Receiver) accept(t *task) (fresh bool, err error) {
+	t.caseID = t.env.caseID()
+	r.mu.Lock()
+	if r.closed {
+		r.mu.Unlock()
+		return false, ErrClosed
+	}
+	if first := r.tasks[t.env.EventID]; first != nil {
+		r.await(first)
+		r.mu.Unlock()
+		return false, first.err
+	}
+	r.tasks[t.env.EventID] = t
+	r.mu.Unlock()
+
+	err = errPanicked // unless the store returns
+	defer func() {
+		r.mu.Lock()
+		r.decide(t, err)
+		r.mu.Unlock()
+	}()
+	if fresh, err = r.claim(t); fresh && err == nil {
+		err = r.place(t)
+	}
+	return fresh && err == nil, err
+}
+
+// await returns when t is decided. mu is held, but for the waiting.
+func (r *Receiver) await(t *task) {
+	if t.state != deciding {
+		return
+	}
+	if t.decided == nil {
+		t.decided = make(chan struct{})
+	}
+	r.mu.Unlock()
+	<-t.decided
+	r.mu.Lock()
+}
+
+// decide ends the deciding of t, which is forgotten unless it was placed in memory. mu is held.
+func (r *Receiver) decide(t *task, err error) {
+	t.err = err
+	if t.state == deciding && r.tasks[t.env.EventID] == t {
+		delete(r.tasks, t.env.EventID)
+		r.checkDrained()
+	}
+	if t.decided != nil {
+		close(t.decided)
+	}
+}
+
+// claim asks the store for the event of t, and reports whether it is ours to handle.
+func (r *Receiver) claim(t *task) (fresh bool, err error) {
+	ctx, cancel := context.WithTimeout(t.ctx, storeTimeout)
+	defer cancel()
+	fresh, err = r.store.Claim(ctx, &t.env)
+	if err == nil {
+		return fresh, nil
+	}
+	err = fmt.Errorf("offloadhook: claim: %w", err)
+	r.observe(t.ctx, Observation{Outcome: StoreFailed, Envelope: &t.env, Body: t.env.Raw, Err: err})
+	switch {
+	case r.inbox != nil:
+		r.checkLost(err)
+		return false, err
+	case r.failClosed:
+		r.release(t.ctx, t, err) // it may have been recorded after all
+		return false, err
+	}
+	return true, nil
+}
+
+// release opens the id of t again, because the event is refused.
+func (r *Receiver) release(ctx context.Context, t *task, reason error) {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	if err := r.store.Done(ctx, &t.env, reason); err != nil {
+		err = fmt.Errorf("offloadhook: done: %w", err)
+		r.observe(t.ctx, Observation{Outcome: StoreFailed, Envelope: &t.env, Body: t.env.Raw, Err: err})
+	}
+}
+
+// place puts t, which is claimed, into memory. With an inbox it may also leave it there: the store is the queue. With a
+// plain Deduper it waits for room.
+func (r *Receiver) place(t *task) error {
+	r.mu.Lock()
+	reason := ErrBusy
+	switch {
+	case r.inbox != nil:
+		r.keep(t)
+		r.mu.Unlock()
+		return nil
+	case r.alive.Err() != nil:
+		reason = ErrClosed
+	case r.hasRoom() && len(r.queue) == 0:
+		r.hold(t)
+		r.enqueue(t)
+		r.mu.Unlock()
+		return nil
+	case len(r.queue) < r.backlog:
+		t.room = make(chan struct{})
+		r.queue = append(r.queue, t)
+		r.mu.Unlock()
+		timeout := time.NewTimer(roomTimeout)
+		select {
+		case <-t.room:
+		case <-timeout.C:
+		case <-r.alive.Done():
+			reason = ErrClosed
+		}
+		timeout.Stop()
+		r.mu.Lock()
+		i := slices.Index(r.queue, t)
+		if i < 0 { // given room, perhaps at the last moment
+			r.mu.Unlock()
+			return nil
+		}
+		r.queue = slices.Delete(r.queue, i, i+1)
+	}
+	r.mu.Unlock()
+	r.release(t.ctx, t, reason)
+	return reason
+}
+
+// keep takes t, which the inbox has, into memory if its turn can be told: if nothing older waits in the inbox. During a
+// reading that is known at its end. mu is held.
+func (r *Receiver) keep(t *task) {
+	switch {
+	case r.closed:
+	case !r.behind && r.hasRoom():
+		r.hold(t)
+		r.enqueue(t)
+	case r.reading && !r.missed && r.hasRoom():
+		r.hold(t)
+		r.arrivals = append(r.arrivals, t)
+	default:
+		r.behind, r.missed = true, true
+	}
+}
+
+// hasRoom reports whether another event may be held in memory. Those that wait for another attempt take none, until
+// there are as many as the backlog holds. mu is held.
+func (r *Receiver) hasRoom() bool {
+	return r.held-min(r.waiting, r.backlog) < r.backlog
+}
+
+// hold counts t as held in memory. mu is held.
+func (r *Receiver) hold(t *task) {
+	t.state = queued
+	r.held++
+}
+
+// enqueue puts t behind the other events of its case (promise 5). mu is held.
+func (r *Receiver) enqueue(t *task) {
+	if t.caseID != "" {
+		last := r.tails[t.caseID]
+		r.tails[t.caseID] = t
+		if last != nil {
+			last.next = t
+			return
+		}
+	}
+	r.makeReady(t)
+}
+
+// makeReady lets t run as soon as a worker is free. mu is held.
+func (r *Receiver) makeReady(t *task) {
+	t.state = queued
+	r.ready = append(r.ready, t)
+	if r.workers < r.concurrency {
+		r.workers++
+		go r.work()
+	}
+}
+
+// work runs tasks until none is ready.
+func (r *Receiver) work() {
+	idle := false
+	defer func() {
+		if !idle { // a callback has called runtime.Goexit
+			go r.work()
+		}
+	}()
+	for {
+		r.mu.Lock()
+		if len(r.ready) == 0 {
+			r.workers--
+			r.checkDrained()
+			r.mu.Unlock()
+			idle = true
+			return
+		}
+		t := r.ready[0]
+		r.ready[0] = nil
+		r.ready = r.ready[1:]
+		t.state = running
+		if !t.ended {
+			t.attempt++
+		}
+		r.mu.Unlock()
+		if t.ended {
+			r.settle(t, r.record(t))
+		} else {
+			r.run(t)
+		}
+	}
+}
+
+// run makes one attempt at t.
+func (r *Receiver) run(t *task) {
+	start := time.Now()
+	outcome, err := Retrying, errGoexit // unless the callback returns
+	defer func() {
+		if v := recover(); v != nil {
+			err = &PanicError{v, debug.Stack()}
+		}
+		r.finish(t, Observation{outcome, &t.env, t.env.Raw, t.attempt, time.Since(start), err})
+	}()
+	outcome, err = r.cb.call(&callbackContext{r.alive, t.ctx}, &t.env)
+}
+
+// callbackContext has the end of a receiver and the values of a request.
+type callbackContext struct {
+	context.Context
+	values context.Context
+}
+
+func (c *callbackContext) Value(key any) any {
+	if v := c.Context.Value(key); v != nil {
+		return v
+	}
+	return c.values.Value(key)
+}
+
+// call calls the callback for env. The outcome is Retrying if that failed.
+func (cb *Callbacks) call(ctx context.Context, env *Envelope) (outcome Outcome, err error) {
+	var taken bool
+	var drift error
+	switch env.EventType {
+	case TypeCaseCompleted:
+		taken, drift, err = callTyped(ctx, env, cb.CaseCompleted)
+	case TypeCaseFailed:
+		taken, drift, err = callTyped(ctx, env, cb.CaseFailed)
+	case TypeCaseInputNeeded:
+		taken, drift, err = callTyped(ctx, env, cb.CaseInputNeeded)
+	}
+	switch {
+	case taken:
+	case cb.Other != nil:
+		err = cb.Other(ctx, env)
+	case drift != nil:
+		return GaveUp, drift // a newer version of this library may understand it
+	default:
+		return Ignored, nil
+	}
+	if err != nil {
+		return Retrying, err
+	}
+	return Handled, drift
+}
+
+func callTyped[T any](ctx context.Context, env *Envelope, f func(context.Context, *Envelope, *T) error) (taken bool, drift, err error) {
+	payload, drift := decode[T](env)
+	if drift != nil || f == nil {
+		return false, drift, nil
+	}
+	return true, nil, f(ctx, env, payload)
+}
+
+// finish decides what follows an attempt at t.
+func (r *Receiver) finish(t *task, o Observation) {
+	r.mu.Lock()
+	dead, draining := r.alive.Err() != nil, r.closed
+	r.mu.Unlock()
+	over := true
+	switch {
+	case o.Outcome == Retrying && dead: // abandon has reported it
+		r.settle(t, false)
+		return
+	case o.Outcome == Retrying && draining && r.inbox != nil:
+		o.Outcome = Unfinished // the inbox keeps it
+	case o.Outcome == Retrying && t.attempt < r.attempts:
+		over = false
+	default:
+		if o.Outcome == Retrying {
+			o.Outcome = GaveUp
+		}
+		if o.Outcome == GaveUp {
+			t.result = o.Err
+		}
+		t.ended = true
+		over = r.record(t)
+	}
+	r.observe(t.ctx, o)
+	r.settle(t, over)
+}
+
+// record tells the store how t ended, and reports whether that is over. If not, it is tried again, never the callback.
+func (r *Receiver) record(t *task) (over bool) {
+	ctx, cancel := context.WithTimeout(t.ctx, storeTimeout)
+	defer cancel()
+	err := r.store.Done(ctx, &t.env, t.result)
+	if err == nil {
+		return true
+	}
+	err = fmt.Errorf("offloadhook: done: %w", err)
+	t.records++
+	r.observe(t.ctx, Observation{Outcome: StoreFailed, Envelope: &t.env, Body: t.env.Raw, Attempt: t.attempt, Err: err})
+	r.checkLost(err)
+	return r.alive.Err() != nil || r.inbox == nil && t.records == doneAttempts
+}
+
+// settle ends t, or lets it rest until the next attempt. While it rests it takes no worker, and holds back the later
+// events of its case, nothing else.
+func (r *Receiver) settle(t *task, over bool) {
+	r.mu.Lock()
+	dead := r.alive.Err() != nil
+	if over || dead {
+		r.end(t)
+	} else {
+		pause := jitter(r.backoff, t.attempt, longestRest)
+		if t.ended {
+			pause = jitter(storeRest, t.records, sweepEvery)
+		}
+		t.state = waiting
+		r.waiting++
+		t.timer = time.AfterFunc(pause, func() {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if t.state == waiting {
+				r.waiting--
+				r.makeReady(t)
+			}
+		})
+	}
+	r.fill()
+	r.mu.Unlock()
+	if dead && !over && !t.ended && r.inbox == nil {
+		r.release(t.ctx, t, ErrClosed)
+	}
+}
+
+// jitter returns a rest after the nth failure: first, doubled with each, up to limit, and a quarter more or less.
+func jitter(first time.Duration, n int, limit time.Duration) time.Duration {
+	d := first
+	for ; n > 1 && d < limit; n-- {
+		d *= 2
+	}
+	d = min(d, max(first, limit))
+	return d*3/4 + rand.N(d/2+1)
+}
+
+// end forgets t and lets the next event of its case run. mu is held.
+func (r *Receiver) end(t *task) {
+	t.state = gone
+	r.held--
+	delete(r.tasks, t.env.EventID)
+	if r.finished != nil {
+		r.finished[t.env.EventID] = struct{}{}
+	}
+	switch {
+	case t.next != nil:
+		r.makeReady(t.next)
+	case t.caseID != "":
+		delete(r.tails, t.caseID)
+	}
+	r.checkDrained()
+}
+
+// fill uses room that has come free. mu is held.
+func (r *Receiver) fill() {
+	for len(r.queue) > 0 && r.hasRoom() {
+		t := r.queue[0]
+		r.queue = slices.Delete(r.queue, 0, 1)
+		r.hold(t)
+		r.enqueue(t)
+		close(t.room)
+	}
+	// Half of the backlog at a time, so that a long inbox is not read anew for every event.
+	if r.behind && !r.reading && r.held-min(r.waiting, r.backlog) <= r.backlog/2 {
+		select {
+		case r.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// checkDrained closes drained when nothing is left to wait for. mu is held.
+func (r *Receiver) checkDrained() {
+	if !r.closed || len(r.tasks) > 0 || r.workers > 0 {
+		return
+	}
+	select {
+	case <-r.drained:
+	default:
+		close(r.drained)
+	}
+}
+
+// drop takes out of memory what is neither running nor, unless all is true, waiting for its end to be recorded. mu is
+// held.
+func (r *Receiver) drop(all bool) (dropped []*task) {
+	clear(r.tails)
+	r.ready, r.arrivals = slices.DeleteFunc(r.ready, func(t *task) bool { return all || !t.ended }), nil
+	for id, t := range r.tasks {
+		switch {
+		case t.state == deciding:
+		case t.state == running, t.ended && !all:
+			t.next = nil
+			if t.caseID != "" {
+				r.tails[t.caseID] = t
+			}
+		default:
+			if t.state == waiting {
+				t.timer.Stop()
+				r.waiting--
+			}
+			t.state = gone
+			r.held--
+			delete(r.tasks, id)
+			dropped = append(dropped, t)
+		}
+	}
+	return dropped
+}
+
+// checkLost gives up everything when err says that the inbox is another's, or closed.
+func (r *Receiver) checkLost(err error) {
+	if r.inbox != nil && errors.Is(err, ErrClosed) {
+		r.abandon(err)
+	}
+}
+
+// abandon cancels the callbacks and reports what nobody will finish.
+func (r *Receiver) abandon(reason error) {
+	r.mu.Lock()
+	if r.alive.Err() != nil {
+		r.mu.Unlock()
+		return
+	}
+	r.closed = true
+	r.cancel()
+	var left []*task
+	for _, t := range r.drop(true) {
+		if r.inbox == nil && !t.ended { // an inbox keeps it; what has ended was reported
+			left = append(left, t)
+		}
+	}
+	waiting := len(left)
+	for _, t := range r.tasks {
+		if t.state == running && !t.ended {
+			left = append(left, t)
+		}
+	}
+	r.checkDrained()
+	r.mu.Unlock()
+
+	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+	defer cancel()
+	for i, t := range left {
+		if i < waiting {
+			r.release(ctx, t, ErrClosed)
+		}
+		r.observe(t.ctx, Observation{Unfinished, &t.env, t.env.Raw, t.attempt, 0, reason})
+	}
+}
+
+// sweep reads the inbox: at the start, when there is room again, and every sweepEvery, so that what dead receivers left
+// is found, and a lease renewed, even while there is no room.
+func (r *Receiver) sweep() {
+	defer close(r.swept)
+	ticker := time.NewTicker(sweepEvery)
+	defer ticker.Stop()
+	for {
+		var again <-chan time.Time
+		if !r.readInbox() {
+			again = time.After(storeRest)
+		}
+		select {
+		case <-r.alive.Done():
+			return
+		case <-ticker.C:
+		case <-r.wake:
+		case <-again:
+		}
+	}
+}
+
+// readInbox brings the events of the inbox into memory, as far as there is room, and reports whether that met no error.
+// It first collects and then enqueues: an id whose claim is still being decided must be waited for, lest a later event
+// of its case overtakes it, but not while the inbox is in the middle of its reading.
+func (r *Receiver) readInbox() (clean bool) {
+	ctx, cancel := context.WithTimeout(r.alive, sweepEvery)
+	defer cancel()
+	r.mu.Lock()
+	r.reading, r.missed, r.finished = true, false, make(map[string]struct{})
+	r.mu.Unlock()
+
+	clean, whole := true, true
+	var batch []*task
+	for env, err := range r.inbox.Pending(ctx) {
+		if r.alive.Err() != nil {
+			break
+		}
+		if err != nil {
+			clean = false
+			r.observe(ctx, Observation{Outcome: StoreFailed, Err: fmt.Errorf("offloadhook: pending: %w", err)})
+			r.checkLost(err)
+			continue
+		}
+		t := &task{env: *env, ctx: context.Background(), caseID: env.caseID()}
+		r.mu.Lock()
+		_, over := r.finished[env.EventID]
+		known := r.tasks[env.EventID]
+		switch {
+		case over, known != nil && known.state != deciding: // in memory, or was when the reading began
+		case r.closed || !r.hasRoom():
+			whole = false
+		case known != nil:
+			batch = append(batch, t)
+		default:
+			r.tasks[env.EventID] = t
+			r.hold(t)
+			batch = append(batch, t)
+		}
+		r.mu.Unlock()
+		if !whole {
+			break
+		}
+	}
+
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, t := range batch {
+		if t.state == deciding {
+			id := t.env.EventID
+			for known := r.tasks[id]; known != nil && known.state == deciding; known = r.tasks[id] {
+				r.await(known)
+			}
+			if _, over := r.finished[id]; over || r.tasks[id] != nil || r.closed {
+				continue
+			}
+			r.tasks[id] = t
+			r.hold(t)
+		}
+		if !r.closed { // else it has been dropped
+			r.enqueue(t)
+		}
+	}
+	for _, t := range r.arrivals {
+		if clean && whole {
+			r.enqueue(t)
+		} else {
+			t.state = gone
+			r.held--
+			delete(r.tasks, t.env.EventID)
+		}
+	}
+	r.behind = r.missed || !whole || r.behind && !clean
+	r.reading, r.arrivals, r.finished = false, nil, nil
+	if clean {
+		r.fill()
+	}
+	return clean
+}
