@@ -1,10 +1,28 @@
 package offloadhook
 
 import (
+	"bufio"
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/binary"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
 	"iter"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sort"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -31,7 +49,7 @@ type Inbox interface {
 	Pending(ctx context.Context) iter.Seq2[*Envelope, error]
 }
 
-// Memory is the Deduper that a Handler has by default: it remembers ids within the process, about 40 bytes for each, and
+// Memory is the Deduper that a Handler has by default: it remembers ids within the process, about 60 bytes for each, and
 // forgets them with it. The zero value is ready to use. Set the fields before the first call. Its methods are safe for
 // concurrent use and return no errors.
 type Memory struct {
@@ -94,20 +112,19 @@ func (m *Memory) shrink() {
 }
 
 // digest stands for an id: half of its SHA-256, so that no two ids are taken for one, by chance or by design.
-type digest struct{ hi, lo uint64 }
+type digest [16]byte
 
 func digestOf(id string) digest {
 	sum := sha256.Sum256([]byte(id))
-	return digest{binary.BigEndian.Uint64(sum[:]), binary.BigEndian.Uint64(sum[8:])}
+	return digest(sum[:])
 }
 
-// idSet is a set of ids in the order in which they were added, which is the order in which they expire: lazily, on the
-// next call. It holds no pointer per id for the garbage collector to follow, and takes about 40 bytes for each.
+// idSet is a set of ids in the order in which they were added, which is the order in which they expire. It holds no
+// pointer per id for the garbage collector to follow.
 type idSet struct {
-	blocks     [][]idTime // the ids by sequence number, idBlock of them to a block
-	first      uint32     // sequence number of blocks[0][0]
-	head, tail uint32     // the ids in the set are those from head up to tail; the numbers may wrap
-	index      []uint64   // a hash table with linear probing: tag<<32 | sequence number, 0 where free
+	ids     map[digest]struct{}
+	queue   []idTime
+	dropped uint64 // how many have left the queue: queue[i] is the id of number dropped+i
 }
 
 type idTime struct {
@@ -115,90 +132,821 @@ type idTime struct {
 	at int64 // Unix milliseconds
 }
 
-const idBlock = 4096
-
-func (s *idSet) len() int { return int(s.tail - s.head) }
-
-func (s *idSet) at(seq uint32) *idTime {
-	i := seq - s.first
-	return &s.blocks[i/idBlock][i%idBlock]
-}
-
-// tag is the part of a digest that the index holds. It places the id in the table and is never 0.
-func tag(d digest) uint64 { return d.hi>>32 | 1<<31 }
-
-// slot returns where d is in the index, or where it would be.
-func (s *idSet) slot(d digest) (i uint64, found bool) {
-	mask := uint64(len(s.index) - 1)
-	for i = tag(d) & mask; s.index[i] != 0; i = (i + 1) & mask {
-		if s.index[i]>>32 == tag(d) && s.at(uint32(s.index[i])).id == d {
-			return i, true
-		}
-	}
-	return i, false
-}
+func (s *idSet) len() int { return len(s.queue) }
 
 func (s *idSet) has(d digest) bool {
-	if s.len() == 0 {
-		return false
-	}
-	_, found := s.slot(d)
+	_, found := s.ids[d]
 	return found
 }
 
-// add adds d, which must not be in the set.
-func (s *idSet) add(d digest, now time.Time) {
-	if s.len() >= len(s.index)/4*3 {
-		s.grow()
+// add adds d unless it is in the set.
+func (s *idSet) add(d digest, at time.Time) {
+	if s.has(d) {
+		return
 	}
-	i, _ := s.slot(d)
-	s.index[i] = tag(d)<<32 | uint64(s.tail)
-	if n := len(s.blocks); n == 0 || len(s.blocks[n-1]) == idBlock {
-		s.blocks = append(s.blocks, make([]idTime, 0, idBlock))
+	if s.ids == nil {
+		s.ids = make(map[digest]struct{})
 	}
-	last := &s.blocks[len(s.blocks)-1]
-	*last = append(*last, idTime{d, now.UnixMilli()})
-	s.tail++
-}
-
-// grow doubles the index. The tags suffice to place the entries anew.
-func (s *idSet) grow() {
-	old := s.index
-	s.index = make([]uint64, max(2*len(old), 64))
-	mask := uint64(len(s.index) - 1)
-	for _, entry := range old {
-		if entry == 0 {
-			continue
-		}
-		i := entry >> 32 & mask
-		for s.index[i] != 0 {
-			i = (i + 1) & mask
-		}
-		s.index[i] = entry
-	}
+	s.ids[d] = struct{}{}
+	s.queue = append(s.queue, idTime{d, at.UnixMilli()})
 }
 
 // expire drops what was added at or before then.
 func (s *idSet) expire(then time.Time) {
-	for s.len() > 0 && s.at(s.head).at <= then.UnixMilli() {
+	for len(s.queue) > 0 && s.queue[0].at <= then.UnixMilli() {
 		s.drop()
 	}
 }
 
-// drop drops the oldest id. The entries behind it in the index move up, so that a search that stops at a free slot still
-// finds them.
+// drop drops the oldest id.
 func (s *idSet) drop() {
-	mask := uint64(len(s.index) - 1)
-	free, _ := s.slot(s.at(s.head).id)
-	for i := (free + 1) & mask; s.index[i] != 0; i = (i + 1) & mask {
-		if home := s.index[i] >> 32 & mask; (i-home)&mask >= (i-free)&mask {
-			s.index[free] = s.index[i]
-			free = i
+	delete(s.ids, s.queue[0].id)
+	s.queue = s.queue[1:]
+	s.dropped++
+}
+
+// Journal is the Inbox for one process with a local disk: an append-only text file in a directory of its own, a record
+// a line: a checksum (CRC-32C in hex), a space, and JSON. {"id":…,"at":…,"event":…} is a claim with the body as it was
+// received, or "base64" where that has line breaks; {"done":…,"at":…} is its end; times are Unix milliseconds.
+// Compaction keeps of a finished event {"sha256":…,"at":…}, the first half of the hash of its id, and ends the copy with
+// {"copied":…}.
+//
+// OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. One
+// Journal at a time uses a directory: a later one takes over, and the earlier one refuses from then on.
+type Journal struct {
+	disk      disk
+	dir       string
+	retention time.Duration
+
+	commits    sync.Mutex // held while the file is synced or replaced; locked before mu
+	compaction sync.WaitGroup
+
+	mu        sync.Mutex // protects what follows; held during no fsync but the one that ends a compaction
+	closed    error      // set for good when the journal is closed, or another's
+	bad       error      // an fsync has failed, or a torn record could not be cut off: never use file again
+	file      diskFile
+	gen, top  int    // the number of file, and of the newest file that this journal has made
+	size      int64  // of file: whole records
+	buf       []byte // records to be written
+	group     *group // the claims that the next fsync is for
+	claims    map[digest]*claim
+	order     []*claim // the claims, oldest first; also some that have ended
+	count     uint64   // of all claims so far
+	live      int64    // bytes in file of the claims
+	done      idSet
+	started   bool         // Pending has been called
+	reports   []error      // for Pending to yield
+	damaged   map[int]bool // files that have damaged records, by number
+	slack     int64        // bytes of garbage that are not worth a compaction
+	compacted bool         // a compaction is under way
+}
+
+var _ Inbox = (*Journal)(nil)
+
+// claim is an event that is claimed and not done. Its payload stays in the file.
+type claim struct {
+	id     digest
+	seq    uint64
+	file   diskFile
+	off    int64 // of its line
+	size   int
+	copied int64  // off, in the file that a compaction writes
+	group  *group // until it is durable
+	gaveUp int64  // when, in Unix milliseconds; 0 if it was not
+	ended  bool
+}
+
+// group is a number of claims that share one fsync.
+type group struct {
+	claims []*claim
+	synced chan struct{} // closed when err is set
+	err    error
+}
+
+const (
+	restAfterGivingUp = 10 * time.Minute
+	doneBytes         = 70      // what compaction keeps of a finished event
+	smallGarbage      = 1 << 20 // bytes
+)
+
+// OpenJournal opens the journal in dir, which it makes if need be, and takes over from the Journal that uses it. The
+// directory is made 0700 and its files 0600, for payloads are your customers' data. Unfinished events are kept, and
+// the ids of those that were done within retention; 0 means 30 days. An error names the file and the step that failed.
+func OpenJournal(dir string, retention time.Duration) (*Journal, error) {
+	return openJournal(osDisk{}, dir, retention)
+}
+
+func openJournal(d disk, dir string, retention time.Duration) (*Journal, error) {
+	if retention <= 0 {
+		retention = 30 * 24 * time.Hour
+	}
+	j := &Journal{
+		disk: d, dir: dir, retention: retention, slack: smallGarbage,
+		claims: make(map[digest]*claim), damaged: make(map[int]bool),
+	}
+	if err := j.open(); err != nil {
+		return nil, fmt.Errorf("offloadhook: opening the journal: %w", err)
+	}
+	return j, nil
+}
+
+// Close ends the use of the journal: from then on it refuses, with ErrClosed. Shut the receiver down first.
+func (j *Journal) Close() error {
+	j.mu.Lock()
+	if j.closed == nil {
+		j.closed = fmt.Errorf("%w: the journal in %s", ErrClosed, j.dir)
+	}
+	j.mu.Unlock()
+	j.compaction.Wait()
+	j.commits.Lock()
+	defer j.commits.Unlock()
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	file := j.file
+	if file == nil {
+		return nil
+	}
+	j.file = nil
+	return errors.Join(file.Sync(), file.Close())
+}
+
+// Claim returns when the event is durable: written and synced, together with the claims that came meanwhile.
+func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err error) {
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	if !usableID(env.EventID) {
+		return false, fmt.Errorf("%w: the event_id is unusable", ErrMalformed)
+	}
+	d := digestOf(env.EventID)
+	j.mu.Lock()
+	now := time.Now()
+	j.done.expire(now.Add(-j.retention))
+	c := j.claims[d]
+	switch {
+	case j.closed != nil:
+		defer j.mu.Unlock()
+		return false, j.closed
+	case c != nil && c.group != nil:
+		j.mu.Unlock()
+		<-c.group.synced
+		return false, c.group.err
+	case c != nil || j.done.has(d):
+		defer j.mu.Unlock()
+		if err := j.owns(); err != nil || c == nil || c.gaveUp == 0 {
+			return false, err
+		}
+		c.gaveUp = 0 // it is durable already
+		return true, nil
+	}
+	g, leads := j.group, j.group == nil
+	if leads {
+		g = &group{synced: make(chan struct{})}
+		j.group = g
+	}
+	start := len(j.buf)
+	j.buf = appendRecord(j.buf, "id", quote(env.EventID), now.UnixMilli(), env.Raw)
+	c = &claim{id: d, group: g, file: j.file, off: j.size + int64(start), size: len(j.buf) - start}
+	j.add(c)
+	g.claims = append(g.claims, c)
+	j.mu.Unlock()
+	if leads {
+		j.commit(g)
+	}
+	<-g.synced
+	return g.err == nil, g.err
+}
+
+// Done records the end of an event at once. It does not wait until that is durable.
+func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
+	d := digestOf(env.EventID)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	c, now := j.claims[d], time.Now()
+	switch {
+	case j.closed != nil:
+		return j.closed
+	case c == nil || c.group != nil || c.gaveUp != 0:
+		return nil
+	case result != nil:
+		c.gaveUp = now.UnixMilli()
+		return nil
+	case j.bad != nil:
+		return j.bad
+	}
+	j.buf = appendRecord(j.buf, "done", quote(env.EventID), now.UnixMilli(), nil)
+	if err := j.write(); err != nil {
+		return err
+	}
+	j.end(c)
+	j.done.add(d, now)
+	if garbage := j.size - j.live - doneBytes*int64(j.done.len()); garbage > j.size/2+j.slack && !j.compacted {
+		j.compacted = true
+		j.compaction.Go(j.compact)
+	}
+	return nil
+}
+
+// Pending yields the unfinished events, oldest first, after what has been found damaged since the last call.
+func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
+	return func(yield func(*Envelope, error) bool) {
+		j.repair()
+		j.mu.Lock()
+		err := j.owns()
+		reports, all, newest, seq := j.reports, !j.started, j.count, uint64(0)
+		j.started = true
+		if err == nil {
+			j.reports = nil
+		}
+		j.mu.Unlock()
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		if len(reports) > 0 && !yield(nil, errors.Join(reports...)) {
+			return
+		}
+		for {
+			j.mu.Lock()
+			c := j.after(seq)
+			if c == nil || c.seq > newest || j.closed != nil || ctx.Err() != nil {
+				err := errors.Join(j.closed, ctx.Err())
+				j.mu.Unlock()
+				if err != nil {
+					yield(nil, err)
+				}
+				return
+			}
+			seq = c.seq
+			var env *Envelope
+			if rested := time.Since(time.UnixMilli(c.gaveUp)) >= restAfterGivingUp; c.group == nil && (all || rested) {
+				c.gaveUp = 0
+				var rec record
+				if rec, err = j.read(c); err == nil {
+					env, err = ParseEnvelope(rec.event)
+				}
+			}
+			j.mu.Unlock()
+			if (env != nil || err != nil) && !yield(env, err) {
+				return
+			}
 		}
 	}
-	s.index[free] = 0
-	if s.head++; s.head-s.first == idBlock {
-		s.blocks = s.blocks[1:]
-		s.first = s.head
+}
+
+// add appends c to the claims. mu is held.
+func (j *Journal) add(c *claim) {
+	j.count++
+	c.seq = j.count
+	j.claims[c.id] = c
+	j.order = append(j.order, c)
+	j.live += int64(c.size)
+}
+
+// end takes c out of the claims. mu is held.
+func (j *Journal) end(c *claim) {
+	c.ended = true
+	delete(j.claims, c.id)
+	j.live -= int64(c.size)
+	if len(j.order) > 2*len(j.claims)+1000 {
+		j.order = slices.DeleteFunc(j.order, func(c *claim) bool { return c.ended })
 	}
+}
+
+// after returns the first claim after number seq, nil if there is none. mu is held.
+func (j *Journal) after(seq uint64) *claim {
+	i := sort.Search(len(j.order), func(i int) bool { return j.order[i].seq > seq })
+	for ; i < len(j.order); i++ {
+		if !j.order[i].ended {
+			return j.order[i]
+		}
+	}
+	return nil
+}
+
+// read reads the record of c. If it is damaged, c is lost: it ends, and the error tells. mu is held.
+func (j *Journal) read(c *claim) (record, error) {
+	line := make([]byte, c.size)
+	if unwritten := c.off - j.size; c.group != nil && unwritten >= 0 {
+		copy(line, j.buf[unwritten:])
+	} else if _, err := c.file.ReadAt(line, c.off); err != nil && err != io.EOF {
+		return record{}, fmt.Errorf("offloadhook: journal: %w", err)
+	}
+	if rec := parseRecord(line); rec.size == c.size && rec.kind == "id" {
+		return rec, nil
+	}
+	j.end(c)
+	j.damaged[j.gen] = true
+	return record{}, j.damageAt(j.gen, c.off)
+}
+
+func (j *Journal) damageAt(gen int, off int64) error {
+	return fmt.Errorf("offloadhook: journal: %s: damaged record at byte %d; the file will be kept as *.damaged", j.path(gen), off)
+}
+
+// commit makes durable the claims of g, and those that come until it is its turn.
+func (j *Journal) commit(g *group) {
+	j.commits.Lock()
+	defer j.commits.Unlock()
+	j.mu.Lock()
+	bad := j.bad
+	if bad != nil {
+		j.mu.Unlock()
+		bad = j.renew(true)
+		j.mu.Lock()
+	}
+	err := cmp.Or(g.err, j.closed, bad) // g.err: a write has failed
+	if err == nil {
+		err = j.write()
+	}
+	if j.group == g {
+		j.group = nil
+	}
+	if file := j.file; err == nil {
+		j.mu.Unlock()
+		err = file.Sync()
+		j.mu.Lock()
+		if err != nil {
+			err = fmt.Errorf("offloadhook: journal: %w", err)
+			j.bad = err
+			j.refuse(err)
+		} else {
+			err = j.owns()
+		}
+	}
+	for _, c := range g.claims {
+		c.group = nil
+		if err != nil {
+			j.end(c)
+		}
+	}
+	g.err = err
+	j.mu.Unlock()
+	close(g.synced)
+}
+
+// write writes buf. If that fails it cuts the file back to its last whole record. mu is held.
+func (j *Journal) write() error {
+	n, err := j.file.WriteAt(j.buf, j.size)
+	if err == nil {
+		j.size += int64(n)
+		j.buf = j.buf[:0]
+		return nil
+	}
+	err = fmt.Errorf("offloadhook: journal: %w", err)
+	if cut := j.file.Truncate(j.size); cut != nil {
+		j.bad = fmt.Errorf("%w, and then: %w", err, cut)
+	}
+	j.refuse(err)
+	return err
+}
+
+// refuse refuses the claims that no fsync has begun for. mu is held.
+func (j *Journal) refuse(err error) {
+	if j.group != nil {
+		j.group.err = err
+		j.group = nil
+	}
+	j.buf = j.buf[:0]
+}
+
+// owns returns an error unless the newest file is ours. A file is made exclusively, under a number that is one higher
+// than any; and files go, in ascending order, when a newer one has a copy of all that is alive. So whoever takes over
+// after this look reads what was synced before it. mu is held.
+func (j *Journal) owns() error {
+	if j.closed != nil {
+		return j.closed
+	}
+	gens, err := j.generations()
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(gens, j.gen) || gens[len(gens)-1] != j.top {
+		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
+	}
+	return j.closed
+}
+
+func (j *Journal) path(gen int) string {
+	return filepath.Join(j.dir, fmt.Sprintf("events-%08d.log", gen))
+}
+
+// generations returns the numbers of the files, in ascending order.
+func (j *Journal) generations() (gens []int, err error) {
+	names, err := j.disk.list(j.dir)
+	for _, name := range names {
+		digits := strings.TrimSuffix(strings.TrimPrefix(name, "events-"), ".log")
+		if gen, _ := strconv.Atoi(digits); gen > 0 && name == filepath.Base(j.path(gen)) {
+			gens = append(gens, gen)
+		}
+	}
+	slices.Sort(gens)
+	return gens, err
+}
+
+// create makes the next file. mu is held.
+func (j *Journal) create() (*appender, error) {
+	file, err := j.disk.open(j.path(j.top+1), os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	if err != nil {
+		return nil, err
+	}
+	j.top++
+	return &appender{file: file, gen: j.top, out: bufio.NewWriterSize(io.NewOffsetWriter(file, 0), 1<<18)}, nil
+}
+
+// open takes over what is in dir, with a file of its own.
+func (j *Journal) open() (err error) {
+	if _, err = j.generations(); errors.Is(err, fs.ErrNotExist) {
+		err = j.disk.mkdir(j.dir)
+	}
+	var dst *appender
+	for err == nil && dst == nil {
+		var gens []int
+		if gens, err = j.generations(); err == nil {
+			j.top = append([]int{0}, gens...)[len(gens)]
+			dst, err = j.create()
+		}
+		if errors.Is(err, fs.ErrExist) {
+			err = nil // another opener was faster
+		}
+	}
+	if err != nil {
+		return err
+	}
+	for {
+		if err = j.load(dst.gen); !errors.Is(err, fs.ErrNotExist) {
+			break // else another opener has just ended its copy
+		}
+	}
+	if err != nil {
+		return j.discard(dst, err)
+	}
+	return j.replace(dst, true)
+}
+
+// load reads the newest whole file below number top. A copy is whole when it says so, and the oldest file always is: its
+// predecessors are gone.
+func (j *Journal) load(top int) error {
+	gens, err := j.generations()
+	if err != nil {
+		return err
+	}
+	gens = slices.DeleteFunc(gens, func(gen int) bool { return gen >= top })
+	j.gen = top
+	for i, gen := range slices.Backward(gens) {
+		file, err := j.disk.open(j.path(gen), os.O_RDONLY)
+		if err != nil {
+			return err
+		}
+		j.file, j.gen, j.reports = file, gen, nil
+		j.claims, j.order, j.live, j.done = make(map[digest]*claim), nil, 0, idSet{}
+		whole := i == 0
+		for rec, err := range records(file) {
+			if err != nil {
+				return err
+			}
+			whole = whole || rec.kind == "copied"
+			j.apply(rec)
+		}
+		if whole {
+			return nil
+		}
+		_ = file.Close()
+	}
+	return nil
+}
+
+// apply adds a record of an earlier time to what is known.
+func (j *Journal) apply(rec record) {
+	c := j.claims[rec.id]
+	switch rec.kind {
+	case "":
+		j.damaged[j.gen] = true
+		j.reports = append(j.reports, j.damageAt(j.gen, rec.off))
+	case "id":
+		if c == nil {
+			j.add(&claim{id: rec.id, file: j.file, off: rec.off, size: rec.size})
+		}
+	case "done", "sha256":
+		if c != nil {
+			j.end(c)
+		}
+		j.done.add(rec.id, time.UnixMilli(rec.at))
+	}
+}
+
+// repair replaces a file that is not to be trusted.
+func (j *Journal) repair() {
+	j.mu.Lock()
+	bad := j.bad
+	j.mu.Unlock()
+	if bad == nil {
+		return
+	}
+	j.commits.Lock()
+	defer j.commits.Unlock()
+	j.mu.Lock()
+	bad = j.bad
+	j.mu.Unlock()
+	if bad != nil {
+		_ = j.renew(true) // if it fails, the next claim tells
+	}
+}
+
+// compact leaves the garbage behind.
+func (j *Journal) compact() {
+	err := j.renew(false)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.compacted, j.slack = false, smallGarbage
+	if err != nil && j.closed == nil {
+		j.slack = j.size // until the file has doubled
+		j.reports = append(j.reports, err)
+	}
+}
+
+// renew goes on in a new file. still is true when commits is held; if not, commits go on during most of it.
+func (j *Journal) renew(still bool) error {
+	j.mu.Lock()
+	err := j.owns()
+	var dst *appender
+	if err == nil {
+		dst, err = j.create()
+	}
+	j.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("offloadhook: journal: %w", err)
+	}
+	return j.replace(dst, still)
+}
+
+// replace copies what is alive to dst, and makes that the file. Claims stop for the fsync at the end of it.
+func (j *Journal) replace(dst *appender, still bool) error {
+	j.mu.Lock()
+	src := j.file
+	for j.copySome(dst, false) {
+		j.mu.Unlock() // for claims to go on
+		j.mu.Lock()
+	}
+	j.mu.Unlock()
+	err := dst.sync()
+	if !still {
+		j.commits.Lock()
+		defer j.commits.Unlock()
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if err == nil && (j.file != src || j.bad != nil && !still) {
+		err = errors.New("the file has failed meanwhile")
+	}
+	if err != nil {
+		return j.discard(dst, err)
+	}
+	for j.copySome(dst, true) {
+	}
+	dst.append(appendRecord(nil, "copied", quote(filepath.Base(j.path(j.gen))), time.Now().UnixMilli(), nil))
+	if err = dst.sync(); err == nil {
+		err = j.disk.syncDir(j.dir)
+	}
+	if err == nil {
+		err = j.owns()
+	}
+	if err != nil {
+		return j.discard(dst, err)
+	}
+	for _, c := range j.claims {
+		c.file, c.off = dst.file, c.copied
+	}
+	j.file, j.size, j.buf, j.bad = dst.file, dst.size, j.buf[:0], nil
+	if src != nil {
+		_ = src.Close()
+	}
+	gens, _ := j.generations()
+	for _, gen := range gens {
+		if gen == dst.gen {
+			break
+		}
+		if j.damaged[gen] {
+			err = j.disk.rename(j.path(gen), j.path(gen)+".damaged")
+		} else {
+			err = j.disk.remove(j.path(gen))
+		}
+		if err != nil {
+			break // they go in ascending order: see owns
+		}
+	}
+	j.gen = dst.gen
+	return nil
+}
+
+// copySome appends to dst some of what is alive and not in it yet, and reports whether there may be more. Unless all is
+// true, it stops before claims that are not durable. mu is held.
+func (j *Journal) copySome(dst *appender, all bool) (more bool) {
+	for range 1000 {
+		if dst.ids = max(dst.ids, j.done.dropped); dst.ids < j.done.dropped+uint64(j.done.len()) {
+			id := j.done.queue[dst.ids-j.done.dropped]
+			dst.ids++
+			dst.append(appendRecord(dst.line[:0], "sha256", quote(hex.EncodeToString(id.id[:])), id.at, nil))
+			continue
+		}
+		c := j.after(dst.claims)
+		if c == nil || dst.err != nil || c.group != nil && !all {
+			return false
+		}
+		dst.claims = c.seq
+		rec, err := j.read(c)
+		if c.copied = dst.size; err == nil {
+			dst.append(rec.line)
+		} else if j.reports = append(j.reports, err); !c.ended {
+			dst.err = err
+		}
+	}
+	return true
+}
+
+// discard gives up an unfinished copy. Its number stays taken, since another process may have seen it; its room on the
+// disk does not.
+func (j *Journal) discard(dst *appender, err error) error {
+	_, _ = dst.file.Truncate(0), dst.file.Close()
+	return fmt.Errorf("offloadhook: journal: %w", err)
+}
+
+// appender writes a new file.
+type appender struct {
+	file        diskFile
+	gen         int
+	out         *bufio.Writer
+	line        []byte // room for one
+	size        int64
+	ids, claims uint64 // how far it has come, as numbers of the ids that are done and of the claims
+	err         error
+}
+
+func (a *appender) append(line []byte) {
+	_, err := a.out.Write(line)
+	a.err = cmp.Or(a.err, err)
+	a.size += int64(len(line))
+	if len(line) < 1<<10 {
+		a.line = line
+	}
+}
+
+func (a *appender) sync() error {
+	return cmp.Or(a.err, a.out.Flush(), a.file.Sync())
+}
+
+// record is a line of the journal.
+type record struct {
+	off   int64
+	size  int
+	line  []byte
+	kind  string // the name of the first member of its JSON; "" if it is damaged
+	id    digest
+	at    int64 // Unix milliseconds
+	event []byte
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// checksum returns what stands before json in a line.
+func checksum(json []byte) string {
+	return fmt.Sprintf("%08x ", crc32.Checksum(json, castagnoli))
+}
+
+func quote(s string) []byte {
+	quoted, _ := json.Marshal(s)
+	return quoted
+}
+
+func appendRecord(buf []byte, kind string, quoted []byte, at int64, event []byte) []byte {
+	start := len(buf)
+	buf = append(append(buf, "00000000 {\""...), kind...)
+	buf = append(append(buf, "\":"...), quoted...)
+	buf = strconv.AppendInt(append(buf, `,"at":`...), at, 10)
+	if bytes.IndexByte(event, '\n') >= 0 {
+		buf = append(base64.StdEncoding.AppendEncode(append(buf, `,"base64":"`...), event), '"')
+	} else if event != nil {
+		buf = append(append(buf, `,"event":`...), event...)
+	}
+	buf = append(buf, '}')
+	copy(buf[start:], checksum(buf[start+9:]))
+	return append(buf, '\n')
+}
+
+// parseRecord reads the record at the start of line, which ends where a line or the file does.
+func parseRecord(line []byte) (rec record) {
+	if len(line) < 9 {
+		return record{}
+	}
+	// Where the JSON ends, not where the line does: a damaged line break costs no record.
+	end := 9 + skipValue(line[9:], 0)
+	if checksum(line[9:end]) != string(line[:9]) {
+		return record{}
+	}
+	rec.size = min(end+1, len(line))
+	rec.line = line[:rec.size]
+	for name, value := range members(line[9:end]) {
+		switch string(name) {
+		case "at":
+			rec.at, _ = strconv.ParseInt(string(value), 10, 64)
+		case "event":
+			rec.event = value
+		case "base64":
+			rec.event, _ = base64.StdEncoding.DecodeString(text(value))
+		case "sha256":
+			rec.kind = "sha256"
+			_, _ = hex.Decode(rec.id[:], value[1:min(33, len(value)-1)])
+		default:
+			rec.kind, rec.id = string(name), digestOf(text(value))
+		}
+	}
+	return rec
+}
+
+// records yields the records of a file. Where a line is none it yields one without a kind; if the file ends within it,
+// it was never acknowledged and is passed over.
+func records(file io.ReaderAt) iter.Seq2[record, error] {
+	return func(yield func(record, error) bool) {
+		in := bufio.NewReaderSize(io.NewSectionReader(file, 0, math.MaxInt64), 1<<18)
+		for off, err := int64(0), error(nil); err == nil; {
+			var line []byte
+			if line, err = in.ReadSlice('\n'); err == bufio.ErrBufferFull {
+				var rest []byte
+				line = bytes.Clone(line)
+				rest, err = in.ReadBytes('\n')
+				line = append(line, rest...)
+			}
+			if err != nil && err != io.EOF {
+				yield(record{}, err)
+				return
+			}
+			for len(line) > 0 {
+				rec := parseRecord(line)
+				if rec.kind == "" && err == io.EOF {
+					return
+				}
+				if rec.off = off; rec.kind == "" {
+					rec.size = len(line)
+				}
+				if !yield(rec, nil) {
+					return
+				}
+				off += int64(rec.size)
+				line = line[rec.size:]
+			}
+		}
+	}
+}
+
+// disk is what the journal needs of a file system. Tests put others in its place.
+type disk interface {
+	mkdir(dir string) error
+	list(dir string) (names []string, err error)
+	open(path string, flag int) (diskFile, error)
+	rename(from, to string) error
+	remove(path string) error
+	syncDir(dir string) error
+}
+
+type diskFile interface {
+	io.ReaderAt
+	io.WriterAt
+	Truncate(size int64) error
+	Sync() error
+	Close() error
+}
+
+type osDisk struct{}
+
+func (d osDisk) mkdir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return d.syncDir(filepath.Dir(dir))
+}
+
+func (osDisk) list(dir string) (names []string, err error) {
+	entries, err := os.ReadDir(dir)
+	for _, entry := range entries {
+		names = append(names, entry.Name())
+	}
+	return names, err
+}
+
+func (osDisk) open(path string, flag int) (diskFile, error) { return os.OpenFile(path, flag, 0o600) }
+
+func (osDisk) rename(from, to string) error { return os.Rename(from, to) }
+
+func (osDisk) remove(path string) error { return os.Remove(path) }
+
+// syncDir makes the names in dir durable. Windows has no call for that.
+func (osDisk) syncDir(dir string) error {
+	if runtime.GOOS == "windows" {
+		return nil
+	}
+	file, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(file.Sync(), file.Close())
 }

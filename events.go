@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"strconv"
 	"strings"
 	"time"
@@ -159,93 +160,56 @@ func decode[T any](env *Envelope) (*T, error) {
 
 // caseID returns the caseId of the event's data, "" where there is none.
 func (env *Envelope) caseID() string {
-	members := object(env.Data, 0, 0)
-	for key, value := members.next(); key != nil; key, value = members.next() {
-		if isName(key, "caseId") {
+	for name, value := range members(env.Data) {
+		if string(name) == "caseId" {
 			return text(value)
 		}
 	}
 	return ""
 }
 
-// parse fills env from body in one pass. It is the checking half of encoding/json by hand, because that package would
-// read the body three times: to check it, to find data, and to check data again.
+// parse fills env from body. It looks for the few members by hand, because decoding into a struct would read the body
+// twice more, data three times.
 func (env *Envelope) parse(body []byte) error {
 	*env = Envelope{Raw: body}
-	seen := false
-	start := skipSpace(body, 0)
-	members := object(body, start, 0)
-	for key, value := members.next(); key != nil; key, value = members.next() {
-		switch {
-		case isName(key, "event_id"):
-			if seen {
-				return fmt.Errorf("%w: event_id occurs twice", ErrMalformed)
-			}
-			seen = true
-			if env.EventID = text(value); loneSurrogate(value) || !utf8.Valid(value) || !usableID(env.EventID) {
+	object := bytes.TrimLeft(body, " \t\r\n")
+	if len(object) == 0 || object[0] != '{' || !json.Valid(object) {
+		return fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
+	}
+	ids := 0
+	for name, value := range members(object) {
+		switch string(name) {
+		case "event_id":
+			ids++
+			if env.EventID = text(value); !usableID(env.EventID) || !utf8.Valid(value) || halfPair(value) {
 				return fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
 			}
-		case isName(key, "event_type"):
-			switch string(value) { // the usual ones without an allocation
-			case `"case.completed"`:
-				env.EventType = TypeCaseCompleted
-			case `"case.failed"`:
-				env.EventType = TypeCaseFailed
-			case `"case.input_needed"`:
-				env.EventType = TypeCaseInputNeeded
-			default:
-				env.EventType = EventType(text(value))
-			}
-		case isName(key, "timestamp"):
+		case "event_type":
+			env.EventType = EventType(text(value))
+		case "timestamp":
 			ms, err := strconv.ParseInt(string(value), 10, 64)
 			if err != nil {
-				ms = 0 // ParseInt returns the nearest value when out of range
+				ms = 0 // ParseInt returns the nearest number when out of range
 			}
 			env.Timestamp = Millis(ms)
-		case isName(key, "data"):
+		case "data":
 			env.Data = value
 		}
 	}
-	if members.end < 0 || skipSpace(body, members.end) != len(body) {
-		return fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
-	}
-	if !seen {
-		return fmt.Errorf("%w: event_id is missing", ErrMalformed)
+	if ids != 1 {
+		return fmt.Errorf("%w: event_id %s", ErrMalformed, []string{"is missing", "", "occurs twice"}[min(ids, 2)])
 	}
 	return nil
 }
 
-// usableID reports whether id can serve as an event's id: in a log line, as a database key, as a line of the journal.
+// usableID reports whether id can serve as an event's id: in a log line, as a database key, in a line of the journal.
 func usableID(id string) bool {
 	return id != "" && len(id) <= 255 && utf8.ValidString(id) && strings.IndexFunc(id, unicode.IsControl) < 0
 }
 
-// isName reports whether key, a JSON string with its quotes, spells name.
-func isName(key []byte, name string) bool {
-	if bytes.IndexByte(key, '\\') >= 0 {
-		return text(key) == name
-	}
-	return string(key[1:len(key)-1]) == name
-}
-
-// text returns what the JSON string value spells, "" if value is not a string.
-func text(value []byte) string {
-	if value[0] != '"' {
-		return ""
-	}
-	for _, c := range value {
-		if c == '\\' || c >= utf8.RuneSelf {
-			var s string
-			_ = json.Unmarshal(value, &s) // value has been scanned: it is a JSON string
-			return s
-		}
-	}
-	return string(value[1 : len(value)-1])
-}
-
-// loneSurrogate reports whether value has a \u escape that is half of a surrogate pair. encoding/json reads each of
+// halfPair reports whether a JSON string has a \u escape that is half of a surrogate pair. encoding/json reads each of
 // them as U+FFFD, which would make one id of two.
-func loneSurrogate(value []byte) bool {
+func halfPair(value []byte) bool {
 	for i := 0; i < len(value); i++ {
 		if value[i] != '\\' {
 			continue
@@ -253,12 +217,15 @@ func loneSurrogate(value []byte) bool {
 		if i++; value[i] != 'u' {
 			continue
 		}
-		r := unhex(value[i+1:])
-		i += 4
-		if !utf16.IsSurrogate(r) {
+		high, _ := strconv.ParseUint(string(value[i+1:i+5]), 16, 16)
+		if i += 4; !utf16.IsSurrogate(rune(high)) {
 			continue
 		}
-		if value[i+1] != '\\' || value[i+2] != 'u' || utf16.DecodeRune(r, unhex(value[i+3:])) == unicode.ReplacementChar {
+		if !bytes.HasPrefix(value[i+1:], []byte(`\u`)) {
+			return true
+		}
+		low, _ := strconv.ParseUint(string(value[i+3:i+7]), 16, 16)
+		if utf16.DecodeRune(rune(high), rune(low)) == unicode.ReplacementChar {
 			return true
 		}
 		i += 6
@@ -266,190 +233,71 @@ func loneSurrogate(value []byte) bool {
 	return false
 }
 
-// unhex reads the four hexadecimal digits at the start of b, -1 if they are not that.
-func unhex(b []byte) rune {
-	if len(b) < 4 {
-		return -1
-	}
-	r := rune(0)
-	for _, c := range b[:4] {
-		switch {
-		case '0' <= c && c <= '9':
-			r = r<<4 | rune(c-'0')
-		case 'a' <= c|0x20 && c|0x20 <= 'f':
-			r = r<<4 | rune(c|0x20-'a'+10)
-		default:
-			return -1
+// members yields the names and values of the members of a JSON object. It trusts that this is valid JSON; if not, what
+// it yields makes no sense, and nothing worse.
+func members(object []byte) iter.Seq2[[]byte, []byte] {
+	return func(yield func(name, value []byte) bool) {
+		if len(object) == 0 || object[0] != '{' {
+			return
 		}
-	}
-	return r
-}
-
-// members walks over the members of one JSON object, checking all of its syntax on the way.
-type members struct {
-	text  []byte
-	pos   int // of the next member, or of the closing brace
-	depth int
-	end   int // behind the closing brace when next has returned nil; -1 if the text is not a JSON object
-}
-
-// object returns the members of the object at text[pos:], which lies depth levels deep.
-func object(text []byte, pos, depth int) members {
-	m := members{text: text, depth: depth + 1, end: -1}
-	if pos < len(text) && text[pos] == '{' && m.depth <= maxDepth {
-		m.pos = skipSpace(text, pos+1)
-	}
-	return m
-}
-
-// next returns the next key, with its quotes, and its value; nil when the object ends or its text is no JSON.
-func (m *members) next() (key, value []byte) {
-	i := m.pos
-	if i <= 0 || i >= len(m.text) {
-		return nil, nil
-	}
-	m.pos = 0 // nothing follows a fault
-	if m.text[i] == '}' && m.end < 0 {
-		m.end = i + 1
-		return nil, nil
-	}
-	start := i
-	if i = skipString(m.text, i); i < 0 {
-		return nil, nil
-	}
-	key = m.text[start:i]
-	if i = skipSpace(m.text, i); i == len(m.text) || m.text[i] != ':' {
-		return nil, nil
-	}
-	start = skipSpace(m.text, i+1)
-	if i = skipValue(m.text, start, m.depth); i < 0 {
-		return nil, nil
-	}
-	value = m.text[start:i:i]
-	switch i = skipSpace(m.text, i); {
-	case i == len(m.text):
-		return nil, nil
-	case m.text[i] == ',':
-		// A closing brace may not follow: point at it would end the object.
-		if i = skipSpace(m.text, i+1); i == len(m.text) || m.text[i] != '"' {
-			return nil, nil
-		}
-	case m.text[i] != '}':
-		return nil, nil
-	}
-	m.pos = i
-	return key, value
-}
-
-// maxDepth is how deep encoding/json reads.
-const maxDepth = 10000
-
-// skipValue returns the index behind the JSON value that starts at b[i], -1 if there is none. depth counts the objects
-// and arrays around it.
-func skipValue(b []byte, i, depth int) int {
-	if i >= len(b) {
-		return -1
-	}
-	switch c := b[i]; {
-	case c == '"':
-		return skipString(b, i)
-	case c == '{':
-		m := object(b, i, depth)
-		for key, _ := m.next(); key != nil; key, _ = m.next() {
-		}
-		return m.end
-	case c == '[':
-		if depth++; depth > maxDepth {
-			return -1
-		}
-		if i = skipSpace(b, i+1); i < len(b) && b[i] == ']' {
-			return i + 1
-		}
-		for {
-			if i = skipValue(b, i, depth); i < 0 {
-				return -1
+		for i := skipSpace(object, 1); i < len(object) && object[i] == '"'; {
+			end := skipValue(object, i)
+			name := object[i+1 : max(end-1, i+1)]
+			if bytes.IndexByte(name, '\\') >= 0 {
+				name = []byte(text(object[i:end]))
 			}
-			switch i = skipSpace(b, i); {
-			case i == len(b):
-				return -1
-			case b[i] == ']':
-				return i + 1
-			case b[i] != ',':
-				return -1
+			start := skipSpace(object, skipSpace(object, end)+1)
+			if end = skipValue(object, start); start > end || !yield(name, object[start:end:end]) {
+				return
 			}
-			i = skipSpace(b, i+1)
-		}
-	case c == '-' || '0' <= c && c <= '9':
-		return skipNumber(b, i)
-	}
-	for _, word := range [...]string{"null", "true", "false"} {
-		if len(b)-i >= len(word) && string(b[i:i+len(word)]) == word {
-			return i + len(word)
+			i = skipSpace(object, skipSpace(object, end)+1)
 		}
 	}
-	return -1
 }
 
-func skipNumber(b []byte, i int) int {
-	if b[i] == '-' {
-		i++
+// text returns what a JSON string spells, "" if value is none.
+func text(value []byte) string {
+	if len(value) < 2 || value[0] != '"' {
+		return ""
 	}
-	first := i
-	if i = skipDigits(b, i); i == first || b[first] == '0' && i > first+1 {
-		return -1
-	}
-	if i < len(b) && b[i] == '.' {
-		first = i + 1
-		if i = skipDigits(b, first); i == first {
-			return -1
+	for _, c := range value {
+		if c == '\\' || c >= utf8.RuneSelf {
+			var s string
+			_ = json.Unmarshal(value, &s)
+			return s
 		}
 	}
-	if i < len(b) && b[i]|0x20 == 'e' {
-		if i++; i < len(b) && (b[i] == '+' || b[i] == '-') {
-			i++
-		}
-		first = i
-		if i = skipDigits(b, i); i == first {
-			return -1
-		}
-	}
-	return i
+	return string(value[1 : len(value)-1])
 }
 
-func skipDigits(b []byte, i int) int {
-	for i < len(b) && '0' <= b[i] && b[i] <= '9' {
-		i++
-	}
-	return i
-}
-
-func skipString(b []byte, i int) int {
-	if b[i] != '"' {
-		return -1
-	}
-	for i++; i < len(b); i++ {
-		switch c := b[i]; {
-		case c == '"':
-			return i + 1
-		case c < ' ':
-			return -1
-		case c == '\\':
-			if i++; i == len(b) {
-				return -1
-			}
-			switch b[i] {
-			case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
-			case 'u':
-				if unhex(b[i+1:]) < 0 {
-					return -1
+// skipValue returns the index behind the value that starts at b[i]. In valid JSON, strings and brackets tell.
+func skipValue(b []byte, i int) int {
+	for depth := 0; i < len(b); {
+		switch b[i] {
+		case '"':
+			for i++; i < len(b) && b[i] != '"'; i++ {
+				if b[i] == '\\' {
+					i++
 				}
-				i += 4
-			default:
-				return -1
+			}
+			i++
+		case '{', '[':
+			depth++
+			i++
+		case '}', ']':
+			depth--
+			i++
+		default:
+			i++
+			for depth == 0 && i < len(b) && strings.IndexByte(",]} \t\r\n", b[i]) < 0 {
+				i++
 			}
 		}
+		if depth <= 0 {
+			return min(i, len(b))
+		}
 	}
-	return -1
+	return len(b)
 }
 
 func skipSpace(b []byte, i int) int {

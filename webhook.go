@@ -2,29 +2,27 @@
 //
 //	journal, err := offloadhook.OpenJournal("/var/lib/myapp/offload", 0)
 //	…
-//	receiver := offloadhook.Handler(offloadhook.Callbacks{
+//	mux.Handle("/offload", offloadhook.Handler(offloadhook.Callbacks{
 //		CaseCompleted: func(ctx context.Context, env *offloadhook.Envelope, c *offloadhook.CaseCompleted) error {
 //			return store.Finish(ctx, c.CaseID, c.Result)
 //		},
-//	}, offloadhook.WithInbox(journal))
-//	mux.Handle("/offload", receiver)
+//	}, offloadhook.WithInbox(journal)))
 //
-// Offload sends each event once, unsigned, and drops what does not get a 2xx. So:
+// Offload sends each event once, unsigned, and drops what does not get a 2xx. So these are promised:
 //
 //  1. A 2xx means ours. With a [Journal], or another [Inbox], an event that got a 2xx reaches its callback at least
 //     once, whatever happens to the process.
 //  2. The sender never waits for your code. The 2xx goes out before the callback finishes.
 //  3. One id, one handling. Once a callback has returned nil and that is recorded, it is not called for the same
 //     event_id again. Only a crash, losing the store, or a stall longer than a shared store's lease, between the two,
-//     can run it a second time.
+//     can run it a second time: make callbacks idempotent.
 //  4. A failed callback is tried again here, since Offload will not send again.
 //  5. One case, in order. Within a receiver, events of one caseId run one at a time, in the order in which they were
 //     accepted; different cases run side by side. An event that was given up has lost its place.
 //  6. Nothing is dropped in silence, and nothing real is refused for its form. What is refused, given up, left over or
 //     not understood reaches [WithObserver], with the bytes as far as they were read.
 //
-// Without an Inbox a crash loses the events whose callbacks had not returned. Nothing is signed: set [WithToken], serve
-// HTTPS, and do not advertise the URL. Callbacks may run again after a crash, so make them idempotent by event_id.
+// Without an Inbox a crash loses the events that are in memory. Nothing is signed: use [WithToken] and HTTPS.
 package offloadhook
 
 import (
@@ -51,24 +49,15 @@ import (
 // [WithObserver]. Call Shutdown when the HTTP server has stopped.
 func Handler(cb Callbacks, opts ...Option) *Receiver {
 	r := &Receiver{
-		cb:          cb,
-		store:       new(Memory),
-		concurrency: 32,
-		backlog:     1024,
-		attempts:    8,
-		backoff:     time.Second,
-		maxBody:     1 << 20,
-		observe:     logProblems,
-		drained:     make(chan struct{}),
-		swept:       make(chan struct{}),
-		wake:        make(chan struct{}, 1),
-		tasks:       make(map[string]*task),
-		tails:       make(map[string]*task),
+		cb: cb, store: new(Memory), concurrency: 32, backlog: 1024, attempts: 8, backoff: time.Second, maxBody: 1 << 20,
+		observe: logProblems, drained: make(chan struct{}), swept: make(chan struct{}), wake: make(chan struct{}, 1),
+		tasks: make(map[string]*task), tails: make(map[string]*task),
 	}
 	for _, opt := range opts {
 		opt.apply(r)
 	}
 	r.alive, r.cancel = context.WithCancel(context.Background())
+	r.room, r.lobby = make(chan struct{}, r.backlog), make(chan struct{}, r.backlog)
 	if r.inbox == nil {
 		close(r.swept)
 	} else {
@@ -106,52 +95,51 @@ type Receiver struct {
 
 	alive   context.Context // ends with Shutdown, or when the inbox is lost; so do the contexts of the callbacks
 	cancel  context.CancelFunc
+	room    chan struct{} // holds one for each event in memory, except the spared
+	lobby   chan struct{} // holds one for each event that waits for room
 	drained chan struct{} // closed when nothing is accepted any more and no task is left
 	swept   chan struct{} // closed when the sweep has ended
 	wake    chan struct{} // asks the sweep to read the inbox; holds one request
 
-	mu      sync.Mutex // protects what follows, and every task's fields
+	mu      sync.Mutex // protects what follows, and every task
 	closed  bool
-	tasks   map[string]*task // by event id: those being decided and those held in memory
-	tails   map[string]*task // by case id: the last task of each case that has any; linked from the first by next
+	tasks   map[string]*task // by event id: those being decided and those in memory
+	tails   map[string]*task // by case id: the last task of each case that has any; the first leads to it by next
 	ready   []*task          // those whose turn it is, in order
-	workers int              // goroutines that run tasks: at most concurrency
-	held    int              // tasks that are decided
-	waiting int              // tasks among them that wait for another attempt
-	queue   []*task          // claimed, waiting for room; without an inbox
+	running int              // at most concurrency
+	spared  int              // tasks that have failed and no longer take room: at most backlog
 
 	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
 	reading  bool                // the inbox is being read
 	missed   bool                // an event was left to the inbox during this reading
 	arrivals []*task             // accepted during this reading, to follow what it yields
-	finished map[string]struct{} // ids whose tasks ended during this reading; nil outside of one
+	finished map[string]struct{} // the ids that ended during this reading
 }
 
-// ServeHTTP answers 202 to a new event, 200 to a duplicate, both before any callback finishes (promise 2), and 4xx or
-// 503 to what it refuses.
+// ServeHTTP answers 202 to a new event and 200 to a duplicate, before any callback finishes (promise 2), and 4xx or 503
+// to what it refuses.
 func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	start := time.Now()
+	start, status := time.Now(), http.StatusOK
 	body, err := r.read(w, req)
 	if err != nil {
-		r.observe(req.Context(), Observation{Outcome: Refused, Body: body, Elapsed: time.Since(start), Err: err})
+		r.observe(req.Context(), Observation{Refused, nil, body, 0, time.Since(start), err})
+	} else if fresh, deliverErr := r.deliver(req.Context(), start, body); fresh {
+		status = http.StatusAccepted
+	} else {
+		err = deliverErr
+	}
+	if err != nil {
 		refuse(w, err)
 		return
 	}
-	switch fresh, err := r.take(req.Context(), start, body); {
-	case err != nil:
-		refuse(w, err)
-	case fresh:
-		w.WriteHeader(http.StatusAccepted)
-	default:
-		w.WriteHeader(http.StatusOK)
-	}
+	w.WriteHeader(status)
 }
 
 // Deliver takes an event without HTTP: from a poller, a queue, a replay. It keeps a copy of body, and knows no limit of
-// its size. A nil error means what a 2xx means; fresh is false for a duplicate. The errors are those that wrap
-// ErrMalformed, ErrBusy or ErrClosed, and those of the store. ctx lends its values; its end does not stop the delivery.
+// its size. A nil error means what a 2xx means; fresh is false for a duplicate. The errors wrap ErrMalformed, ErrBusy,
+// ErrClosed, or what the store returned. ctx lends its values; its end does not stop the delivery.
 func (r *Receiver) Deliver(ctx context.Context, body []byte) (fresh bool, err error) {
-	return r.take(ctx, time.Now(), bytes.Clone(body))
+	return r.deliver(ctx, time.Now(), bytes.Clone(body))
 }
 
 // Shutdown refuses new events and waits for those in hand: all that were accepted, or with an Inbox the running ones,
@@ -161,16 +149,16 @@ func (r *Receiver) Shutdown(ctx context.Context) error {
 	r.mu.Lock()
 	r.closed = true
 	if r.inbox != nil {
-		r.drop(false)
+		r.drop()
 	}
 	r.checkDrained()
 	r.mu.Unlock()
 	select {
 	case <-r.drained:
-	default:
+	case <-ctx.Done():
 		select {
 		case <-r.drained:
-		case <-ctx.Done():
+		default:
 			r.abandon(ctx.Err())
 			return ctx.Err()
 		}
@@ -187,67 +175,60 @@ type option func(*Receiver)
 
 func (o option) apply(r *Receiver) { o(r) }
 
-// WithDeduper sets what remembers the ids; the default is a new Memory. It panics when given nil or an Inbox: say
-// WithInbox.
-func WithDeduper(d Deduper) Option {
-	if _, ok := d.(Inbox); ok || d == nil {
-		panic("offloadhook: WithDeduper wants a Deduper that is no Inbox")
+func optionIf(valid bool, want string, o option) Option {
+	if !valid {
+		panic("offloadhook: " + want)
 	}
-	return option(func(r *Receiver) { r.store, r.inbox = d, nil })
+	return o
 }
 
-// WithInbox sets what keeps the events, durably, in place of a Deduper. It has a name of its own so that a wrapper
+// WithDeduper sets what remembers the ids; the default is a new Memory. It panics when given nil, or an Inbox: say
+// WithInbox.
+func WithDeduper(d Deduper) Option {
+	_, isInbox := d.(Inbox)
+	return optionIf(d != nil && !isInbox, "WithDeduper wants a Deduper that is no Inbox", func(r *Receiver) { r.store, r.inbox = d, nil })
+}
+
+// WithInbox sets what keeps the events durably, in place of a Deduper. It has a name of its own so that a wrapper
 // around an Inbox cannot lose it by accident. It panics when given nil.
 func WithInbox(in Inbox) Option {
-	if in == nil {
-		panic("offloadhook: WithInbox wants an Inbox")
-	}
-	return option(func(r *Receiver) { r.store, r.inbox = in, in })
+	return optionIf(in != nil, "WithInbox wants an Inbox", func(r *Receiver) { r.store, r.inbox = in, in })
 }
 
 // WithToken refuses requests that carry none of tokens, as ?token=… in the URL or as Authorization: Bearer …. Several
 // serve for rotation. It panics when given none or an empty one. The default is to accept every request.
 func WithToken(tokens ...string) Option {
-	if len(tokens) == 0 || slices.Contains(tokens, "") {
-		panic("offloadhook: WithToken wants tokens that are not empty")
+	var sums [][sha256.Size]byte
+	for _, token := range tokens {
+		sums = append(sums, sha256.Sum256([]byte(token)))
 	}
-	return option(func(r *Receiver) {
-		r.tokens = nil
-		for _, token := range tokens {
-			r.tokens = append(r.tokens, sha256.Sum256([]byte(token)))
-		}
-	})
+	valid := len(tokens) > 0 && !slices.Contains(tokens, "")
+	return optionIf(valid, "WithToken wants tokens that are not empty", func(r *Receiver) { r.tokens = sums })
 }
 
 // WithConcurrency sets how many callbacks run at once; the default is 32. It panics when n is less than 1.
 func WithConcurrency(n int) Option {
-	positive("WithConcurrency", n)
-	return option(func(r *Receiver) { r.concurrency = n })
+	return optionIf(n > 0, "WithConcurrency wants at least 1", func(r *Receiver) { r.concurrency = n })
 }
 
 // WithBacklog sets how many accepted events are held in memory, running ones included; the default is 1024. As many
-// again may be waiting for their next attempt. It panics when n is less than 1.
+// again may be held that have failed and will be tried again. It panics when n is less than 1.
 func WithBacklog(n int) Option {
-	positive("WithBacklog", n)
-	return option(func(r *Receiver) { r.backlog = n })
+	return optionIf(n > 0, "WithBacklog wants at least 1", func(r *Receiver) { r.backlog = n })
 }
 
-// WithRetry sets how often a callback is called at most, and how long it rests after its first failure. The rest
-// doubles with each failure, up to an hour, with a jitter of a quarter. The default of 8 and 1 s takes about two
-// minutes; 1 means never retry. It panics when attempts is less than 1 or backoff negative.
+// WithRetry sets how often a callback is called at most, and how long it rests after its first failure. The rest doubles
+// with each failure, up to an hour, with a jitter of a quarter. The default of 8 and 1 s takes about two minutes; 1
+// means never retry. It panics when attempts is less than 1 or backoff is negative.
 func WithRetry(attempts int, backoff time.Duration) Option {
-	positive("WithRetry", attempts)
-	if backoff < 0 {
-		panic("offloadhook: WithRetry wants a backoff that is not negative")
-	}
-	return option(func(r *Receiver) { r.attempts, r.backoff = attempts, backoff })
+	return optionIf(attempts > 0 && backoff >= 0, "WithRetry wants at least 1 attempt and no negative backoff",
+		func(r *Receiver) { r.attempts, r.backoff = attempts, backoff })
 }
 
-// WithMaxBodyBytes sets the largest body that ServeHTTP reads, in bytes; the default is 1 MiB. It panics when n is less
+// WithMaxBodyBytes sets the largest body that ServeHTTP takes, in bytes; the default is 1 MiB. It panics when n is less
 // than 1.
 func WithMaxBodyBytes(n int64) Option {
-	positive("WithMaxBodyBytes", n)
-	return option(func(r *Receiver) { r.maxBody = n })
+	return optionIf(n > 0, "WithMaxBodyBytes wants at least 1", func(r *Receiver) { r.maxBody = n })
 }
 
 // WithFailClosed answers 503 when a plain Deduper fails. The default is to accept the event and to handle it without
@@ -259,16 +240,7 @@ func WithFailClosed() Option {
 // WithObserver sets what is told of every outcome. f is called in line and concurrently, must return quickly and must
 // not panic. The default logs the problems to slog.Default, without the bodies. It panics when f is nil.
 func WithObserver(f func(context.Context, Observation)) Option {
-	if f == nil {
-		panic("offloadhook: WithObserver wants a function")
-	}
-	return option(func(r *Receiver) { r.observe = f })
-}
-
-func positive[N int | int64](name string, n N) {
-	if n < 1 {
-		panic(fmt.Sprintf("offloadhook: %s wants at least 1, not %d", name, n))
-	}
+	return optionIf(f != nil, "WithObserver wants a function", func(r *Receiver) { r.observe = f })
 }
 
 // Observation is something that happened to an event, for logs, metrics and error reports. Envelope and Body are
@@ -317,7 +289,7 @@ func (e *PanicError) Unwrap() error {
 // What Deliver returns, wrapped with detail. Test with errors.Is.
 var (
 	ErrMalformed = errors.New("offloadhook: malformed event") // it can never be accepted
-	ErrBusy      = errors.New("offloadhook: no room")         // WithBacklog is too small, or the callbacks too slow
+	ErrBusy      = errors.New("offloadhook: no room")         // the backlog is full
 	ErrClosed    = errors.New("offloadhook: closed")          // after Shutdown; from an Inbox: it is closed, or another's now
 )
 
@@ -329,47 +301,38 @@ var (
 const (
 	bodyTimeout  = 10 * time.Second // for a request's body to come in
 	storeTimeout = 5 * time.Second  // for each call of the store
-	roomTimeout  = 5 * time.Second  // for room in the backlog
+	roomTimeout  = 5 * time.Second  // for room in memory
 	sweepEvery   = 10 * time.Second // between calls of Inbox.Pending
 	storeRest    = time.Second      // after the store has failed for the first time
-	doneAttempts = 8                // to record the end of an event in a plain Deduper
 	longestRest  = time.Hour        // between two attempts
+	doneAttempts = 8                // to record the end of an event in a plain Deduper
 )
 
 // logProblems is the default observer. It logs nothing of a body.
 func logProblems(ctx context.Context, o Observation) {
-	switch o.Outcome {
-	case Accepted, Duplicate, Handled, Ignored:
-		if o.Err == nil {
-			return
-		}
+	fine := o.Outcome == Accepted || o.Outcome == Duplicate || o.Outcome == Handled || o.Outcome == Ignored
+	if fine && o.Err == nil {
+		return
 	}
-	attrs := []slog.Attr{slog.String("outcome", string(o.Outcome)), slog.Any("error", o.Err)}
+	attrs := []any{"outcome", o.Outcome, "attempt", o.Attempt, "error", o.Err}
 	if o.Envelope != nil {
-		attrs = append(attrs, slog.String("event_id", o.Envelope.EventID))
-	}
-	if o.Attempt > 0 {
-		attrs = append(attrs, slog.Int("attempt", o.Attempt))
+		attrs = append(attrs, "event_id", o.Envelope.EventID)
 	}
 	if p := (*PanicError)(nil); errors.As(o.Err, &p) {
-		attrs = append(attrs, slog.String("stack", string(p.Stack)))
+		attrs = append(attrs, "stack", string(p.Stack))
 	}
-	slog.Default().LogAttrs(ctx, slog.LevelWarn, "offloadhook", attrs...)
+	slog.WarnContext(ctx, "offloadhook", attrs...)
 }
 
-// refusal is an answer that concerns the request, not the event.
-type refusal struct {
-	status int
-	reason string
-}
+// refusal is why a request is refused whose body was not read whole.
+type refusal int
 
-func (e *refusal) Error() string { return "offloadhook: " + e.reason }
+func (status refusal) Error() string { return "offloadhook: " + http.StatusText(int(status)) }
 
-// read returns the body of a request that may carry an event. It checks what costs nothing first. The deadline comes
-// before everything, because net/http drains the body of a request that was refused unread.
-func (r *Receiver) read(w http.ResponseWriter, req *http.Request) ([]byte, error) {
-	control := http.NewResponseController(w)
-	bounded := false
+// read returns the body of a request that may carry an event. The deadline comes before the checks, because net/http
+// drains the body of a request that was refused unread.
+func (r *Receiver) read(w http.ResponseWriter, req *http.Request) (body []byte, err error) {
+	control, bounded := http.NewResponseController(w), false
 	// Without a body, an expiring deadline would cancel the request. Server.ReadTimeout has set one that may be stricter.
 	if req.Body != nil && req.Body != http.NoBody {
 		server, _ := req.Context().Value(http.ServerContextKey).(*http.Server)
@@ -379,72 +342,69 @@ func (r *Receiver) read(w http.ResponseWriter, req *http.Request) ([]byte, error
 	}
 	switch {
 	case req.Method != http.MethodPost:
-		return nil, &refusal{http.StatusMethodNotAllowed, "the method is not POST"}
+		return nil, refusal(http.StatusMethodNotAllowed)
 	case len(r.tokens) > 0 && !r.authorized(req):
-		return nil, &refusal{http.StatusUnauthorized, "no valid token"}
+		return nil, refusal(http.StatusUnauthorized)
 	case !isJSON(req.Header.Get("Content-Type")):
-		return nil, &refusal{http.StatusUnsupportedMediaType, "the content type is not JSON"}
+		return nil, refusal(http.StatusUnsupportedMediaType)
 	case req.ContentLength > r.maxBody:
-		return nil, &refusal{http.StatusRequestEntityTooLarge, "the body is too large"}
+		return nil, refusal(http.StatusRequestEntityTooLarge)
 	case req.Body == nil:
 		return nil, nil
 	}
 	// A declared length is only a claim: the buffer follows what comes in.
-	body := make([]byte, 0, 1+min(max(req.ContentLength, 511), 16<<10))
-	for src := http.MaxBytesReader(w, req.Body, r.maxBody); ; {
-		n, err := src.Read(body[len(body):cap(body)])
+	body = make([]byte, 0, 1+min(max(req.ContentLength, 511), 16<<10))
+	for src := http.MaxBytesReader(w, req.Body, r.maxBody); err == nil; {
+		var n int
+		body = slices.Grow(body, 1)
+		n, err = src.Read(body[len(body):cap(body)])
 		body = body[:len(body)+n]
-		switch tooLarge := (*http.MaxBytesError)(nil); {
-		case err == io.EOF:
-			if bounded {
-				_ = control.SetReadDeadline(time.Time{})
-			}
-			return body, nil
-		case errors.As(err, &tooLarge):
-			return body, &refusal{http.StatusRequestEntityTooLarge, "the body is too large"}
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			return body, &refusal{http.StatusRequestTimeout, "the body did not come in time"}
-		case err != nil:
-			// To return in silence would be a 200.
-			return body, &refusal{http.StatusBadRequest, "the body broke off"}
-		}
-		if len(body) == cap(body) {
-			body = slices.Grow(body, len(body))
-		}
 	}
+	switch {
+	case err == io.EOF:
+		if bounded {
+			_ = control.SetReadDeadline(time.Time{})
+		}
+		return body, nil
+	case errors.As(err, new(*http.MaxBytesError)):
+		return body, refusal(http.StatusRequestEntityTooLarge)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return body, refusal(http.StatusRequestTimeout)
+	}
+	return body, refusal(http.StatusBadRequest) // to return in silence would be a 200
 }
 
 // authorized reports whether req carries one of the tokens, in a time that tells nothing about them.
 func (r *Receiver) authorized(req *http.Request) bool {
-	query := sha256.Sum256([]byte(req.URL.Query().Get("token")))
 	scheme, bearer, _ := strings.Cut(req.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
 		bearer = ""
 	}
-	header := sha256.Sum256([]byte(bearer))
 	found := 0
-	for _, token := range r.tokens {
-		found |= subtle.ConstantTimeCompare(token[:], query[:]) | subtle.ConstantTimeCompare(token[:], header[:])
+	for _, candidate := range []string{req.URL.Query().Get("token"), bearer} {
+		sum := sha256.Sum256([]byte(candidate))
+		for _, token := range r.tokens {
+			found |= subtle.ConstantTimeCompare(token[:], sum[:])
+		}
 	}
 	return found == 1
 }
 
 // isJSON reports whether a content type is JSON. A missing one passes: the body will tell.
 func isJSON(contentType string) bool {
-	media, _, _ := strings.Cut(contentType, ";")
-	media = strings.ToLower(strings.TrimSpace(media))
-	return contentType == "" || media == "application/json" ||
-		strings.HasPrefix(media, "application/") && strings.HasSuffix(media, "+json")
+	media, _, _ := strings.Cut(strings.ToLower(contentType), ";")
+	subtype, found := strings.CutPrefix(strings.TrimSpace(media), "application/")
+	return contentType == "" || found && (subtype == "json" || strings.HasSuffix(subtype, "+json"))
 }
 
 // refuse writes the answer to a refused request. It carries no internal error and nothing of the body.
 func refuse(w http.ResponseWriter, err error) {
-	status, reason := http.StatusServiceUnavailable, "offloadhook: the store failed"
-	if known := (*refusal)(nil); errors.As(err, &known) {
-		status, reason = known.status, known.Error()
-		w.Header().Set("Connection", "close") // the body may be unread
-	}
+	var status refusal
+	reason := "offloadhook: the store failed"
 	switch {
+	case errors.As(err, &status):
+		reason = err.Error()
+		w.Header().Set("Connection", "close") // the body may be unread
 	case errors.Is(err, ErrMalformed):
 		status, reason = http.StatusBadRequest, err.Error()
 	case errors.Is(err, ErrBusy):
@@ -458,10 +418,11 @@ func refuse(w http.ResponseWriter, err error) {
 		w.Header().Set("Allow", http.MethodPost)
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "Bearer")
-	case http.StatusServiceUnavailable:
+	case 0:
+		status = http.StatusServiceUnavailable
 		w.Header().Set("Retry-After", "1")
 	}
-	http.Error(w, reason, status)
+	http.Error(w, reason, int(status))
 }
 
 // task is an event on its way from the claim to the record of its end.
@@ -470,13 +431,13 @@ type task struct {
 	ctx     context.Context // of the request, without its cancellation; Background for an event from the inbox
 	caseID  string
 	state   state
-	room    chan struct{} // closed when the task has been given room; made when it must wait for that
 	decided chan struct{} // closed when err is set; made by the first duplicate that waits for that
 	err     error         // why the event was not accepted
 
 	next    *task // of the same case, to run after this one
 	attempt int
 	timer   *time.Timer // ends the waiting
+	spared  bool        // it takes no room
 	ended   bool        // nothing is left to do but to record result
 	result  error       // what Done is given
 	records int         // how often Done has failed
@@ -492,24 +453,21 @@ const (
 	gone                  // no longer in memory
 )
 
-// take is one delivery: parse, accept, observe.
-func (r *Receiver) take(ctx context.Context, start time.Time, body []byte) (fresh bool, err error) {
-	t := new(task)
-	o := Observation{Outcome: Refused, Body: body}
+// deliver takes one delivery: parse, accept, observe.
+func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte) (fresh bool, err error) {
+	t, o := new(task), Observation{Outcome: Refused, Body: body}
 	if err = t.env.parse(body); err == nil {
 		o.Envelope = &t.env
 		t.ctx = context.WithoutCancel(ctx)
+		t.caseID = t.env.caseID()
 		fresh, err = r.accept(t)
 	}
-	switch {
-	case err != nil:
-		o.Err = err
-	case fresh:
+	if fresh {
 		o.Outcome = Accepted
-	default:
+	} else if err == nil {
 		o.Outcome = Duplicate
 	}
-	o.Elapsed = time.Since(start)
+	o.Elapsed, o.Err = time.Since(start), err
 	r.observe(ctx, o)
 	return fresh, err
 }
@@ -517,7 +475,6 @@ func (r *Receiver) take(ctx context.Context, start time.Time, body []byte) (fres
 // accept claims the event of t and puts it where its turn will come. A delivery of the same id that comes meanwhile
 // shares the outcome, whichever it is: none is answered before the claim is held (promise 3).
 func (r *Receiver) accept(t *task) (fresh bool, err error) {
-	t.caseID = t.env.caseID()
 	r.mu.Lock()
 	if r.closed {
 		r.mu.Unlock()
@@ -530,17 +487,21 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 	}
 	r.tasks[t.env.EventID] = t
 	r.mu.Unlock()
-
 	err = errPanicked // unless the store returns
-	defer func() {
-		r.mu.Lock()
-		r.decide(t, err)
-		r.mu.Unlock()
-	}()
-	if fresh, err = r.claim(t); fresh && err == nil {
+	defer func() { r.decide(t, err) }()
+	if fresh, err = r.claim(t); !fresh {
+		return false, err
+	}
+	if r.inbox == nil {
+		err = r.waitForRoom()
+	}
+	if err == nil {
 		err = r.place(t)
 	}
-	return fresh && err == nil, err
+	if err != nil {
+		_ = r.done(t.ctx, t, err)
+	}
+	return err == nil, err
 }
 
 // await returns when t is decided. mu is held, but for the waiting.
@@ -556,10 +517,12 @@ func (r *Receiver) await(t *task) {
 	r.mu.Lock()
 }
 
-// decide ends the deciding of t, which is forgotten unless it was placed in memory. mu is held.
+// decide ends the deciding of t, which is forgotten unless it was placed in memory.
 func (r *Receiver) decide(t *task, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	t.err = err
-	if t.state == deciding && r.tasks[t.env.EventID] == t {
+	if t.state == deciding {
 		delete(r.tasks, t.env.EventID)
 		r.checkDrained()
 	}
@@ -576,101 +539,99 @@ func (r *Receiver) claim(t *task) (fresh bool, err error) {
 	if err == nil {
 		return fresh, nil
 	}
-	err = fmt.Errorf("offloadhook: claim: %w", err)
-	r.observe(t.ctx, Observation{Outcome: StoreFailed, Envelope: &t.env, Body: t.env.Raw, Err: err})
-	switch {
-	case r.inbox != nil:
-		r.checkLost(err)
-		return false, err
-	case r.failClosed:
-		r.release(t.ctx, t, err) // it may have been recorded after all
-		return false, err
+	err = r.storeFailed(t, "claim", err)
+	if r.inbox == nil && !r.failClosed {
+		return true, nil
 	}
-	return true, nil
+	if r.inbox == nil {
+		_ = r.done(t.ctx, t, err) // it may have been recorded after all
+	}
+	return false, err
 }
 
-// release opens the id of t again, because the event is refused.
-func (r *Receiver) release(ctx context.Context, t *task, reason error) {
+// done ends the claim of t.
+func (r *Receiver) done(ctx context.Context, t *task, result error) error {
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	if err := r.store.Done(ctx, &t.env, reason); err != nil {
-		err = fmt.Errorf("offloadhook: done: %w", err)
-		r.observe(t.ctx, Observation{Outcome: StoreFailed, Envelope: &t.env, Body: t.env.Raw, Err: err})
+	err := r.store.Done(ctx, &t.env, result)
+	if err != nil {
+		err = r.storeFailed(t, "done", err)
+	}
+	return err
+}
+
+// storeFailed reports a failure of the store. If the inbox is closed or another's, that is the end.
+func (r *Receiver) storeFailed(t *task, step string, err error) error {
+	err = fmt.Errorf("offloadhook: %s: %w", step, err)
+	o := Observation{Outcome: StoreFailed, Err: err}
+	if t != nil {
+		o.Envelope, o.Body, o.Attempt = &t.env, t.env.Raw, t.attempt
+	}
+	r.observe(r.alive, o)
+	if r.inbox != nil && errors.Is(err, ErrClosed) {
+		r.abandon(err)
+	}
+	return err
+}
+
+// waitForRoom takes room in memory for one event.
+func (r *Receiver) waitForRoom() error {
+	select {
+	case r.room <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case r.lobby <- struct{}{}:
+		defer func() { <-r.lobby }()
+	default:
+		return ErrBusy
+	}
+	timeout := time.NewTimer(roomTimeout)
+	defer timeout.Stop()
+	select {
+	case r.room <- struct{}{}:
+		return nil
+	case <-timeout.C:
+		return ErrBusy
+	case <-r.alive.Done():
+		return ErrClosed
 	}
 }
 
-// place puts t, which is claimed, into memory. With an inbox it may also leave it there: the store is the queue. With a
-// plain Deduper it waits for room.
+// place puts t, which is claimed, where its turn will come: into memory, or with an inbox behind what waits there. The
+// inbox is the queue: what finds no room stays in it, and so does what comes after. mu is not held.
 func (r *Receiver) place(t *task) error {
 	r.mu.Lock()
-	reason := ErrBusy
+	defer r.mu.Unlock()
 	switch {
-	case r.inbox != nil:
-		r.keep(t)
-		r.mu.Unlock()
-		return nil
-	case r.alive.Err() != nil:
-		reason = ErrClosed
-	case r.hasRoom() && len(r.queue) == 0:
-		r.hold(t)
+	case r.inbox == nil && r.alive.Err() != nil:
+		<-r.room
+		return ErrClosed
+	case r.inbox == nil, !r.closed && !r.behind && r.tryRoom():
 		r.enqueue(t)
-		r.mu.Unlock()
-		return nil
-	case len(r.queue) < r.backlog:
-		t.room = make(chan struct{})
-		r.queue = append(r.queue, t)
-		r.mu.Unlock()
-		timeout := time.NewTimer(roomTimeout)
-		select {
-		case <-t.room:
-		case <-timeout.C:
-		case <-r.alive.Done():
-			reason = ErrClosed
-		}
-		timeout.Stop()
-		r.mu.Lock()
-		i := slices.Index(r.queue, t)
-		if i < 0 { // given room, perhaps at the last moment
-			r.mu.Unlock()
-			return nil
-		}
-		r.queue = slices.Delete(r.queue, i, i+1)
-	}
-	r.mu.Unlock()
-	r.release(t.ctx, t, reason)
-	return reason
-}
-
-// keep takes t, which the inbox has, into memory if its turn can be told: if nothing older waits in the inbox. During a
-// reading that is known at its end. mu is held.
-func (r *Receiver) keep(t *task) {
-	switch {
-	case r.closed:
-	case !r.behind && r.hasRoom():
-		r.hold(t)
-		r.enqueue(t)
-	case r.reading && !r.missed && r.hasRoom():
-		r.hold(t)
+	case !r.closed && r.reading && !r.missed && r.tryRoom():
+		t.state = queued
 		r.arrivals = append(r.arrivals, t)
-	default:
+	case !r.closed:
 		r.behind, r.missed = true, true
 	}
+	return nil
 }
 
-// hasRoom reports whether another event may be held in memory. Those that wait for another attempt take none, until
-// there are as many as the backlog holds. mu is held.
-func (r *Receiver) hasRoom() bool {
-	return r.held-min(r.waiting, r.backlog) < r.backlog
-}
-
-// hold counts t as held in memory. mu is held.
-func (r *Receiver) hold(t *task) {
-	t.state = queued
-	r.held++
+// tryRoom takes room in memory for one event, if there is any.
+func (r *Receiver) tryRoom() bool {
+	select {
+	case r.room <- struct{}{}:
+		return true
+	default:
+		return false
+	}
 }
 
 // enqueue puts t behind the other events of its case (promise 5). mu is held.
 func (r *Receiver) enqueue(t *task) {
+	t.state = queued
 	if t.caseID != "" {
 		last := r.tails[t.caseID]
 		r.tails[t.caseID] = t
@@ -682,45 +643,26 @@ func (r *Receiver) enqueue(t *task) {
 	r.makeReady(t)
 }
 
-// makeReady lets t run as soon as a worker is free. mu is held.
+// makeReady lets t run as soon as concurrency allows. mu is held.
 func (r *Receiver) makeReady(t *task) {
 	t.state = queued
 	r.ready = append(r.ready, t)
-	if r.workers < r.concurrency {
-		r.workers++
-		go r.work()
-	}
+	r.start()
 }
 
-// work runs tasks until none is ready.
-func (r *Receiver) work() {
-	idle := false
-	defer func() {
-		if !idle { // a callback has called runtime.Goexit
-			go r.work()
-		}
-	}()
-	for {
-		r.mu.Lock()
-		if len(r.ready) == 0 {
-			r.workers--
-			r.checkDrained()
-			r.mu.Unlock()
-			idle = true
-			return
-		}
+// start runs what is ready, as far as concurrency allows. mu is held.
+func (r *Receiver) start() {
+	for len(r.ready) > 0 && r.running < r.concurrency {
 		t := r.ready[0]
 		r.ready[0] = nil
 		r.ready = r.ready[1:]
+		r.running++
 		t.state = running
-		if !t.ended {
-			t.attempt++
-		}
-		r.mu.Unlock()
 		if t.ended {
-			r.settle(t, r.record(t))
+			go r.record(t)
 		} else {
-			r.run(t)
+			t.attempt++
+			go r.run(t)
 		}
 	}
 }
@@ -791,15 +733,19 @@ func (r *Receiver) finish(t *task, o Observation) {
 	r.mu.Lock()
 	dead, draining := r.alive.Err() != nil, r.closed
 	r.mu.Unlock()
-	over := true
 	switch {
 	case o.Outcome == Retrying && dead: // abandon has reported it
-		r.settle(t, false)
+		if r.inbox == nil {
+			_ = r.done(t.ctx, t, ErrClosed)
+		}
+		r.settle(t, true)
 		return
 	case o.Outcome == Retrying && draining && r.inbox != nil:
 		o.Outcome = Unfinished // the inbox keeps it
 	case o.Outcome == Retrying && t.attempt < r.attempts:
-		over = false
+		r.observe(t.ctx, o)
+		r.settle(t, false)
+		return
 	default:
 		if o.Outcome == Retrying {
 			o.Outcome = GaveUp
@@ -808,55 +754,59 @@ func (r *Receiver) finish(t *task, o Observation) {
 			t.result = o.Err
 		}
 		t.ended = true
-		over = r.record(t)
 	}
 	r.observe(t.ctx, o)
-	r.settle(t, over)
-}
-
-// record tells the store how t ended, and reports whether that is over. If not, it is tried again, never the callback.
-func (r *Receiver) record(t *task) (over bool) {
-	ctx, cancel := context.WithTimeout(t.ctx, storeTimeout)
-	defer cancel()
-	err := r.store.Done(ctx, &t.env, t.result)
-	if err == nil {
-		return true
+	if t.ended {
+		r.record(t)
+	} else {
+		r.settle(t, true)
 	}
-	err = fmt.Errorf("offloadhook: done: %w", err)
-	t.records++
-	r.observe(t.ctx, Observation{Outcome: StoreFailed, Envelope: &t.env, Body: t.env.Raw, Attempt: t.attempt, Err: err})
-	r.checkLost(err)
-	return r.alive.Err() != nil || r.inbox == nil && t.records == doneAttempts
 }
 
-// settle ends t, or lets it rest until the next attempt. While it rests it takes no worker, and holds back the later
-// events of its case, nothing else.
+// record tells the store how t ended. If that fails it is tried again, never the callback.
+func (r *Receiver) record(t *task) {
+	err := r.done(t.ctx, t, t.result)
+	if err != nil {
+		t.records++
+	}
+	r.settle(t, err == nil || r.alive.Err() != nil || r.inbox == nil && t.records == doneAttempts)
+}
+
+// settle ends t, or lets it rest until the next attempt. While it rests it takes no part of the concurrency and, up to a
+// number, no room: it holds back the later events of its case and nothing else. mu is not held.
 func (r *Receiver) settle(t *task, over bool) {
 	r.mu.Lock()
-	dead := r.alive.Err() != nil
-	if over || dead {
-		r.end(t)
+	defer r.mu.Unlock()
+	r.running--
+	if over || r.alive.Err() != nil {
+		r.forget(t)
+		if t.next != nil {
+			r.makeReady(t.next)
+		} else if t.caseID != "" {
+			delete(r.tails, t.caseID)
+		}
 	} else {
 		pause := jitter(r.backoff, t.attempt, longestRest)
 		if t.ended {
 			pause = jitter(storeRest, t.records, sweepEvery)
 		}
+		if !t.spared && r.spared < r.backlog {
+			t.spared = true
+			r.spared++
+			<-r.room
+		}
 		t.state = waiting
-		r.waiting++
 		t.timer = time.AfterFunc(pause, func() {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			if t.state == waiting {
-				r.waiting--
 				r.makeReady(t)
 			}
 		})
 	}
-	r.fill()
-	r.mu.Unlock()
-	if dead && !over && !t.ended && r.inbox == nil {
-		r.release(t.ctx, t, ErrClosed)
-	}
+	r.start()
+	r.checkDrained()
+	r.checkWake()
 }
 
 // jitter returns a rest after the nth failure: first, doubled with each, up to limit, and a quarter more or less.
@@ -869,34 +819,24 @@ func jitter(first time.Duration, n int, limit time.Duration) time.Duration {
 	return d*3/4 + rand.N(d/2+1)
 }
 
-// end forgets t and lets the next event of its case run. mu is held.
-func (r *Receiver) end(t *task) {
+// forget takes t out of memory. mu is held.
+func (r *Receiver) forget(t *task) {
 	t.state = gone
-	r.held--
 	delete(r.tasks, t.env.EventID)
-	if r.finished != nil {
+	if r.reading {
 		r.finished[t.env.EventID] = struct{}{}
 	}
-	switch {
-	case t.next != nil:
-		r.makeReady(t.next)
-	case t.caseID != "":
-		delete(r.tails, t.caseID)
+	if t.spared {
+		r.spared--
+	} else {
+		<-r.room
 	}
-	r.checkDrained()
 }
 
-// fill uses room that has come free. mu is held.
-func (r *Receiver) fill() {
-	for len(r.queue) > 0 && r.hasRoom() {
-		t := r.queue[0]
-		r.queue = slices.Delete(r.queue, 0, 1)
-		r.hold(t)
-		r.enqueue(t)
-		close(t.room)
-	}
-	// Half of the backlog at a time, so that a long inbox is not read anew for every event.
-	if r.behind && !r.reading && r.held-min(r.waiting, r.backlog) <= r.backlog/2 {
+// checkWake asks for a reading of the inbox when there is room again: half of the backlog, so that a long inbox is not
+// read anew for every event. mu is held.
+func (r *Receiver) checkWake() {
+	if r.behind && !r.reading && len(r.room) <= r.backlog/2 {
 		select {
 		case r.wake <- struct{}{}:
 		default:
@@ -906,48 +846,35 @@ func (r *Receiver) fill() {
 
 // checkDrained closes drained when nothing is left to wait for. mu is held.
 func (r *Receiver) checkDrained() {
-	if !r.closed || len(r.tasks) > 0 || r.workers > 0 {
-		return
-	}
-	select {
-	case <-r.drained:
-	default:
-		close(r.drained)
+	if r.closed && len(r.tasks) == 0 && r.running == 0 {
+		select {
+		case <-r.drained:
+		default:
+			close(r.drained)
+		}
 	}
 }
 
-// drop takes out of memory what is neither running nor, unless all is true, waiting for its end to be recorded. mu is
-// held.
-func (r *Receiver) drop(all bool) (dropped []*task) {
+// drop takes out of memory what does not run. mu is held.
+func (r *Receiver) drop() (dropped []*task) {
+	r.ready, r.arrivals = nil, nil
 	clear(r.tails)
-	r.ready, r.arrivals = slices.DeleteFunc(r.ready, func(t *task) bool { return all || !t.ended }), nil
-	for id, t := range r.tasks {
-		switch {
-		case t.state == deciding:
-		case t.state == running, t.ended && !all:
-			t.next = nil
-			if t.caseID != "" {
+	for _, t := range r.tasks {
+		switch t.state {
+		case deciding:
+		case running:
+			if t.next = nil; t.caseID != "" {
 				r.tails[t.caseID] = t
 			}
 		default:
-			if t.state == waiting {
+			if t.timer != nil {
 				t.timer.Stop()
-				r.waiting--
 			}
-			t.state = gone
-			r.held--
-			delete(r.tasks, id)
+			r.forget(t)
 			dropped = append(dropped, t)
 		}
 	}
 	return dropped
-}
-
-// checkLost gives up everything when err says that the inbox is another's, or closed.
-func (r *Receiver) checkLost(err error) {
-	if r.inbox != nil && errors.Is(err, ErrClosed) {
-		r.abandon(err)
-	}
 }
 
 // abandon cancels the callbacks and reports what nobody will finish.
@@ -959,26 +886,26 @@ func (r *Receiver) abandon(reason error) {
 	}
 	r.closed = true
 	r.cancel()
-	var left []*task
-	for _, t := range r.drop(true) {
-		if r.inbox == nil && !t.ended { // an inbox keeps it; what has ended was reported
-			left = append(left, t)
-		}
+	left := r.drop()
+	if r.inbox != nil {
+		left = nil // it keeps them
 	}
 	waiting := len(left)
 	for _, t := range r.tasks {
-		if t.state == running && !t.ended {
+		if t.state == running {
 			left = append(left, t)
 		}
 	}
 	r.checkDrained()
 	r.mu.Unlock()
-
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
 	for i, t := range left {
+		if t.ended { // it was handled, or given up; that Done failed was reported
+			continue
+		}
 		if i < waiting {
-			r.release(ctx, t, ErrClosed)
+			_ = r.done(ctx, t, ErrClosed)
 		}
 		r.observe(t.ctx, Observation{Unfinished, &t.env, t.env.Raw, t.attempt, 0, reason})
 	}
@@ -990,14 +917,13 @@ func (r *Receiver) sweep() {
 	defer close(r.swept)
 	ticker := time.NewTicker(sweepEvery)
 	defer ticker.Stop()
-	for {
+	for r.alive.Err() == nil {
 		var again <-chan time.Time
 		if !r.readInbox() {
 			again = time.After(storeRest)
 		}
 		select {
 		case <-r.alive.Done():
-			return
 		case <-ticker.C:
 		case <-r.wake:
 		case <-again:
@@ -1006,15 +932,14 @@ func (r *Receiver) sweep() {
 }
 
 // readInbox brings the events of the inbox into memory, as far as there is room, and reports whether that met no error.
-// It first collects and then enqueues: an id whose claim is still being decided must be waited for, lest a later event
-// of its case overtakes it, but not while the inbox is in the middle of its reading.
+// An id that is being decided is waited for, lest a later event of its case overtakes it; but when the inbox has been
+// read, since it may have to be free for the decision.
 func (r *Receiver) readInbox() (clean bool) {
 	ctx, cancel := context.WithTimeout(r.alive, sweepEvery)
 	defer cancel()
 	r.mu.Lock()
 	r.reading, r.missed, r.finished = true, false, make(map[string]struct{})
 	r.mu.Unlock()
-
 	clean, whole := true, true
 	var batch []*task
 	for env, err := range r.inbox.Pending(ctx) {
@@ -1023,31 +948,28 @@ func (r *Receiver) readInbox() (clean bool) {
 		}
 		if err != nil {
 			clean = false
-			r.observe(ctx, Observation{Outcome: StoreFailed, Err: fmt.Errorf("offloadhook: pending: %w", err)})
-			r.checkLost(err)
+			_ = r.storeFailed(nil, "pending", err)
 			continue
 		}
 		t := &task{env: *env, ctx: context.Background(), caseID: env.caseID()}
 		r.mu.Lock()
-		_, over := r.finished[env.EventID]
 		known := r.tasks[env.EventID]
-		switch {
+		switch _, over := r.finished[env.EventID]; {
 		case over, known != nil && known.state != deciding: // in memory, or was when the reading began
-		case r.closed || !r.hasRoom():
+		case r.closed || !r.tryRoom():
 			whole = false
-		case known != nil:
-			batch = append(batch, t)
 		default:
-			r.tasks[env.EventID] = t
-			r.hold(t)
 			batch = append(batch, t)
+			if known == nil {
+				t.state = queued
+				r.tasks[env.EventID] = t
+			}
 		}
 		r.mu.Unlock()
 		if !whole {
 			break
 		}
 	}
-
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, t := range batch {
@@ -1057,12 +979,12 @@ func (r *Receiver) readInbox() (clean bool) {
 				r.await(known)
 			}
 			if _, over := r.finished[id]; over || r.tasks[id] != nil || r.closed {
+				<-r.room
 				continue
 			}
 			r.tasks[id] = t
-			r.hold(t)
 		}
-		if !r.closed { // else it has been dropped
+		if t.state != gone {
 			r.enqueue(t)
 		}
 	}
@@ -1070,15 +992,13 @@ func (r *Receiver) readInbox() (clean bool) {
 		if clean && whole {
 			r.enqueue(t)
 		} else {
-			t.state = gone
-			r.held--
-			delete(r.tasks, t.env.EventID)
+			r.forget(t) // it stays in the inbox
 		}
 	}
 	r.behind = r.missed || !whole || r.behind && !clean
 	r.reading, r.arrivals, r.finished = false, nil, nil
 	if clean {
-		r.fill()
+		r.checkWake()
 	}
 	return clean
 }
