@@ -181,24 +181,24 @@ type Journal struct {
 	commits    sync.Mutex // held while the file is synced or replaced; locked before mu
 	compaction sync.WaitGroup
 
-	mu        sync.Mutex // protects what follows; held during no fsync but the one that ends a compaction
-	closed    error      // set for good when the journal is closed, or another's
-	bad       error      // an fsync has failed, or a torn record could not be cut off: never use file again
-	file      diskFile
-	gen, top  int    // the number of file, and of the newest file that this journal has made
-	size      int64  // of file: whole records
-	buf       []byte // records to be written
-	group     *group // the claims that the next fsync is for
-	claims    map[digest]*claim
-	order     []*claim // the claims, oldest first; also some that have ended
-	count     uint64   // of all claims so far
-	live      int64    // bytes in file of the claims
-	done      idSet
-	started   bool         // Pending has been called
-	reports   []error      // for Pending to yield
-	damaged   map[int]bool // files that have damaged records, by number
-	slack     int64        // bytes of garbage that are not worth a compaction
-	compacted bool         // a compaction is under way
+	mu         sync.Mutex // protects what follows; held during no fsync but the one that ends a compaction
+	closed     error      // set for good when the journal is closed, or another's
+	bad        error      // an fsync has failed, or a torn record could not be cut off: never use file again
+	file       diskFile
+	gen, top   int    // the number of file, and of the newest file that this journal has made
+	size       int64  // of file: whole records
+	buf        []byte // records to be written
+	group      *group // the claims that the next fsync is for
+	claims     map[digest]*claim
+	order      []*claim // the claims, oldest first; also some that have ended
+	count      uint64   // of all claims so far
+	live       int64    // bytes in file of the claims
+	done       idSet
+	started    bool         // Pending has been called
+	reports    []error      // for Pending to yield
+	damaged    map[int]bool // files that have damaged records, by number
+	slack      int64        // bytes of garbage that are not worth a compaction
+	compacting bool         // a compaction is under way
 }
 
 var _ Inbox = (*Journal)(nil)
@@ -340,8 +340,8 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	}
 	j.end(c)
 	j.done.add(d, now)
-	if garbage := j.size - j.live - doneBytes*int64(j.done.len()); garbage > j.size/2+j.slack && !j.compacted {
-		j.compacted = true
+	if garbage := j.size - j.live - doneBytes*int64(j.done.len()); garbage > j.size/2+j.slack && !j.compacting {
+		j.compacting = true
 		j.compaction.Go(j.compact)
 	}
 	return nil
@@ -350,27 +350,27 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 // Pending yields the unfinished events, oldest first, after what has been found damaged since the last call.
 func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 	return func(yield func(*Envelope, error) bool) {
-		j.repair()
 		j.mu.Lock()
+		if j.bad != nil {
+			j.mu.Unlock()
+			j.commit(&group{synced: make(chan struct{})}) // which replaces the file
+			j.mu.Lock()
+		}
 		err := j.owns()
-		reports, all, newest, seq := j.reports, !j.started, j.count, uint64(0)
+		owned := err == nil
+		if owned {
+			err, j.reports = errors.Join(j.reports...), nil
+		}
+		all, newest, seq := !j.started, j.count, uint64(0)
 		j.started = true
-		if err == nil {
-			j.reports = nil
-		}
 		j.mu.Unlock()
-		if err != nil {
-			yield(nil, err)
-			return
-		}
-		if len(reports) > 0 && !yield(nil, errors.Join(reports...)) {
+		if err != nil && !yield(nil, err) || !owned {
 			return
 		}
 		for {
 			j.mu.Lock()
-			c := j.after(seq)
-			if c == nil || c.seq > newest || j.closed != nil || ctx.Err() != nil {
-				err := errors.Join(j.closed, ctx.Err())
+			c, env, err := j.after(seq), (*Envelope)(nil), cmp.Or(j.closed, ctx.Err())
+			if err != nil || c == nil || c.seq > newest {
 				j.mu.Unlock()
 				if err != nil {
 					yield(nil, err)
@@ -378,7 +378,6 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 				return
 			}
 			seq = c.seq
-			var env *Envelope
 			if rested := time.Since(time.UnixMilli(c.gaveUp)) >= restAfterGivingUp; c.group == nil && (all || rested) {
 				c.gaveUp = 0
 				var rec record
@@ -545,41 +544,39 @@ func (j *Journal) generations() (gens []int, err error) {
 }
 
 // create makes the next file. mu is held.
-func (j *Journal) create() (*appender, error) {
+func (j *Journal) create() (*copying, error) {
 	file, err := j.disk.open(j.path(j.top+1), os.O_RDWR|os.O_CREATE|os.O_EXCL)
 	if err != nil {
 		return nil, err
 	}
 	j.top++
-	return &appender{file: file, gen: j.top, out: bufio.NewWriterSize(io.NewOffsetWriter(file, 0), 1<<18)}, nil
+	return &copying{file: file, gen: j.top}, nil
 }
 
 // open takes over what is in dir, with a file of its own.
-func (j *Journal) open() (err error) {
-	if _, err = j.generations(); errors.Is(err, fs.ErrNotExist) {
-		err = j.disk.mkdir(j.dir)
+func (j *Journal) open() error {
+	if _, err := j.generations(); errors.Is(err, fs.ErrNotExist) {
+		if err := j.disk.mkdir(j.dir); err != nil {
+			return err
+		}
 	}
-	var dst *appender
-	for err == nil && dst == nil {
-		var gens []int
-		if gens, err = j.generations(); err == nil {
-			j.top = append([]int{0}, gens...)[len(gens)]
-			dst, err = j.create()
+	var dst *copying
+	for dst == nil {
+		gens, err := j.generations()
+		if err != nil {
+			return err
 		}
-		if errors.Is(err, fs.ErrExist) {
-			err = nil // another opener was faster
+		j.top = append([]int{0}, gens...)[len(gens)]
+		if dst, err = j.create(); err != nil && !errors.Is(err, fs.ErrExist) { // else another opener was faster
+			return err
 		}
+	}
+	err := fs.ErrNotExist
+	for errors.Is(err, fs.ErrNotExist) { // another opener has just ended its copy
+		err = j.load(dst.gen)
 	}
 	if err != nil {
-		return err
-	}
-	for {
-		if err = j.load(dst.gen); !errors.Is(err, fs.ErrNotExist) {
-			break // else another opener has just ended its copy
-		}
-	}
-	if err != nil {
-		return j.discard(dst, err)
+		return errors.Join(err, dst.file.Close())
 	}
 	return j.replace(dst, true)
 }
@@ -588,69 +585,42 @@ func (j *Journal) open() (err error) {
 // predecessors are gone.
 func (j *Journal) load(top int) error {
 	gens, err := j.generations()
-	if err != nil {
-		return err
-	}
 	gens = slices.DeleteFunc(gens, func(gen int) bool { return gen >= top })
 	j.gen = top
-	for i, gen := range slices.Backward(gens) {
-		file, err := j.disk.open(j.path(gen), os.O_RDONLY)
-		if err != nil {
-			return err
+	whole := false
+	for i := len(gens) - 1; i >= 0 && err == nil && !whole; i-- {
+		if j.file != nil {
+			_ = j.file.Close()
 		}
-		j.file, j.gen, j.reports = file, gen, nil
-		j.claims, j.order, j.live, j.done = make(map[digest]*claim), nil, 0, idSet{}
-		whole := i == 0
-		for rec, err := range records(file) {
-			if err != nil {
-				return err
+		j.gen, j.order, j.live, j.done, j.reports, whole = gens[i], nil, 0, idSet{}, nil, i == 0
+		clear(j.claims)
+		if j.file, err = j.disk.open(j.path(j.gen), os.O_RDONLY); err != nil {
+			break
+		}
+		for rec, readErr := range records(j.file) {
+			c := j.claims[rec.id]
+			switch err = readErr; rec.kind {
+			case "id":
+				if c == nil {
+					j.add(&claim{id: rec.id, file: j.file, off: rec.off, size: rec.size})
+				}
+			case "done", "sha256":
+				if c != nil {
+					j.end(c)
+				}
+				j.done.add(rec.id, time.UnixMilli(rec.at))
+			case "copied":
+				whole = true
+			case "":
+				if err == nil {
+					j.damaged[j.gen] = true
+					j.reports = append(j.reports, j.damageAt(j.gen, rec.off))
+				}
 			}
-			whole = whole || rec.kind == "copied"
-			j.apply(rec)
 		}
-		if whole {
-			return nil
-		}
-		_ = file.Close()
 	}
-	return nil
-}
-
-// apply adds a record of an earlier time to what is known.
-func (j *Journal) apply(rec record) {
-	c := j.claims[rec.id]
-	switch rec.kind {
-	case "":
-		j.damaged[j.gen] = true
-		j.reports = append(j.reports, j.damageAt(j.gen, rec.off))
-	case "id":
-		if c == nil {
-			j.add(&claim{id: rec.id, file: j.file, off: rec.off, size: rec.size})
-		}
-	case "done", "sha256":
-		if c != nil {
-			j.end(c)
-		}
-		j.done.add(rec.id, time.UnixMilli(rec.at))
-	}
-}
-
-// repair replaces a file that is not to be trusted.
-func (j *Journal) repair() {
-	j.mu.Lock()
-	bad := j.bad
-	j.mu.Unlock()
-	if bad == nil {
-		return
-	}
-	j.commits.Lock()
-	defer j.commits.Unlock()
-	j.mu.Lock()
-	bad = j.bad
-	j.mu.Unlock()
-	if bad != nil {
-		_ = j.renew(true) // if it fails, the next claim tells
-	}
+	j.done.expire(time.Now().Add(-j.retention))
+	return err
 }
 
 // compact leaves the garbage behind.
@@ -658,7 +628,7 @@ func (j *Journal) compact() {
 	err := j.renew(false)
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.compacted, j.slack = false, smallGarbage
+	j.compacting, j.slack = false, smallGarbage
 	if err != nil && j.closed == nil {
 		j.slack = j.size // until the file has doubled
 		j.reports = append(j.reports, err)
@@ -669,130 +639,109 @@ func (j *Journal) compact() {
 func (j *Journal) renew(still bool) error {
 	j.mu.Lock()
 	err := j.owns()
-	var dst *appender
+	var dst *copying
 	if err == nil {
 		dst, err = j.create()
 	}
 	j.mu.Unlock()
-	if err != nil {
-		return fmt.Errorf("offloadhook: journal: %w", err)
+	if err == nil {
+		err = j.replace(dst, still)
 	}
-	return j.replace(dst, still)
+	if err != nil {
+		err = fmt.Errorf("offloadhook: journal: %w", err)
+	}
+	return err
 }
 
 // replace copies what is alive to dst, and makes that the file. Claims stop for the fsync at the end of it.
-func (j *Journal) replace(dst *appender, still bool) error {
-	j.mu.Lock()
-	src := j.file
-	for j.copySome(dst, false) {
-		j.mu.Unlock() // for claims to go on
+func (j *Journal) replace(dst *copying, still bool) (err error) {
+	defer func() {
+		if err != nil { // its number stays taken, as another process may have seen it; its room on the disk does not
+			_, _ = dst.file.Truncate(0), dst.file.Close()
+		}
+	}()
+	var src diskFile
+	for more := true; more && err == nil; {
 		j.mu.Lock()
+		src = cmp.Or(src, j.file)
+		more, err = j.copySome(dst, false)
+		j.mu.Unlock() // claims go on
 	}
-	j.mu.Unlock()
-	err := dst.sync()
+	if err = cmp.Or(err, dst.file.Sync()); err != nil {
+		return err
+	}
 	if !still {
 		j.commits.Lock()
 		defer j.commits.Unlock()
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if err == nil && (j.file != src || j.bad != nil && !still) {
-		err = errors.New("the file has failed meanwhile")
+	if j.file != src || j.bad != nil && !still {
+		return errors.New("the file has failed meanwhile")
 	}
-	if err != nil {
-		return j.discard(dst, err)
+	for more := true; more && err == nil; {
+		more, err = j.copySome(dst, true)
 	}
-	for j.copySome(dst, true) {
-	}
-	dst.append(appendRecord(nil, "copied", quote(filepath.Base(j.path(j.gen))), time.Now().UnixMilli(), nil))
-	if err = dst.sync(); err == nil {
-		err = j.disk.syncDir(j.dir)
-	}
+	end := appendRecord(nil, "copied", quote(filepath.Base(j.path(j.gen))), time.Now().UnixMilli(), nil)
 	if err == nil {
-		err = j.owns()
+		_, err = dst.file.WriteAt(end, dst.size)
 	}
-	if err != nil {
-		return j.discard(dst, err)
+	if err = cmp.Or(err, dst.file.Sync(), j.disk.syncDir(j.dir), j.owns()); err != nil {
+		return err
 	}
 	for _, c := range j.claims {
 		c.file, c.off = dst.file, c.copied
 	}
-	j.file, j.size, j.buf, j.bad = dst.file, dst.size, j.buf[:0], nil
+	j.file, j.gen, j.size, j.buf, j.bad = dst.file, dst.gen, dst.size+int64(len(end)), j.buf[:0], nil
 	if src != nil {
 		_ = src.Close()
 	}
-	gens, _ := j.generations()
-	for _, gen := range gens {
-		if gen == dst.gen {
-			break
-		}
-		if j.damaged[gen] {
-			err = j.disk.rename(j.path(gen), j.path(gen)+".damaged")
+	gens, err := j.generations()
+	for i := 0; err == nil && gens[i] < j.gen; i++ { // in ascending order: see owns
+		if old := j.path(gens[i]); j.damaged[gens[i]] {
+			err = j.disk.rename(old, old+".damaged")
 		} else {
-			err = j.disk.remove(j.path(gen))
-		}
-		if err != nil {
-			break // they go in ascending order: see owns
+			err = j.disk.remove(old)
 		}
 	}
-	j.gen = dst.gen
-	return nil
+	return nil // what could not be removed will be, by the next copy
+}
+
+// copying is a file in the making: what has been copied ends before the id of number ids and with the claim of number
+// claims.
+type copying struct {
+	file        diskFile
+	gen         int
+	size        int64
+	ids, claims uint64
 }
 
 // copySome appends to dst some of what is alive and not in it yet, and reports whether there may be more. Unless all is
 // true, it stops before claims that are not durable. mu is held.
-func (j *Journal) copySome(dst *appender, all bool) (more bool) {
-	for range 1000 {
+func (j *Journal) copySome(dst *copying, all bool) (more bool, err error) {
+	var buf []byte
+	for more = true; more && err == nil && len(buf) < 1<<17; {
 		if dst.ids = max(dst.ids, j.done.dropped); dst.ids < j.done.dropped+uint64(j.done.len()) {
 			id := j.done.queue[dst.ids-j.done.dropped]
 			dst.ids++
-			dst.append(appendRecord(dst.line[:0], "sha256", quote(hex.EncodeToString(id.id[:])), id.at, nil))
+			buf = appendRecord(buf, "sha256", quote(hex.EncodeToString(id.id[:])), id.at, nil)
 			continue
 		}
 		c := j.after(dst.claims)
-		if c == nil || dst.err != nil || c.group != nil && !all {
-			return false
+		if more = c != nil && (all || c.group == nil); !more {
+			break
 		}
-		dst.claims = c.seq
-		rec, err := j.read(c)
-		if c.copied = dst.size; err == nil {
-			dst.append(rec.line)
-		} else if j.reports = append(j.reports, err); !c.ended {
-			dst.err = err
+		dst.claims, c.copied = c.seq, dst.size+int64(len(buf))
+		rec, damage := j.read(c)
+		if buf = append(buf, rec.line...); damage != nil && c.ended {
+			j.reports = append(j.reports, damage)
+		} else {
+			err = damage
 		}
 	}
-	return true
-}
-
-// discard gives up an unfinished copy. Its number stays taken, since another process may have seen it; its room on the
-// disk does not.
-func (j *Journal) discard(dst *appender, err error) error {
-	_, _ = dst.file.Truncate(0), dst.file.Close()
-	return fmt.Errorf("offloadhook: journal: %w", err)
-}
-
-// appender writes a new file.
-type appender struct {
-	file        diskFile
-	gen         int
-	out         *bufio.Writer
-	line        []byte // room for one
-	size        int64
-	ids, claims uint64 // how far it has come, as numbers of the ids that are done and of the claims
-	err         error
-}
-
-func (a *appender) append(line []byte) {
-	_, err := a.out.Write(line)
-	a.err = cmp.Or(a.err, err)
-	a.size += int64(len(line))
-	if len(line) < 1<<10 {
-		a.line = line
-	}
-}
-
-func (a *appender) sync() error {
-	return cmp.Or(a.err, a.out.Flush(), a.file.Sync())
+	n, writeErr := dst.file.WriteAt(buf, dst.size)
+	dst.size += int64(n)
+	return more, cmp.Or(err, writeErr)
 }
 
 // record is a line of the journal.

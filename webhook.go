@@ -56,7 +56,7 @@ func Handler(cb Callbacks, opts ...Option) *Receiver {
 	for _, opt := range opts {
 		opt.apply(r)
 	}
-	r.alive, r.cancel = context.WithCancel(context.Background())
+	r.alive, r.cancel = context.WithCancelCause(context.Background())
 	r.room, r.lobby = make(chan struct{}, r.backlog), make(chan struct{}, r.backlog)
 	if r.inbox == nil {
 		close(r.swept)
@@ -94,7 +94,7 @@ type Receiver struct {
 	observe     func(context.Context, Observation)
 
 	alive   context.Context // ends with Shutdown, or when the inbox is lost; so do the contexts of the callbacks
-	cancel  context.CancelFunc
+	cancel  context.CancelCauseFunc
 	room    chan struct{} // holds one for each event in memory, except the spared
 	lobby   chan struct{} // holds one for each event that waits for room
 	drained chan struct{} // closed when nothing is accepted any more and no task is left
@@ -163,7 +163,7 @@ func (r *Receiver) Shutdown(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
-	r.cancel()
+	r.cancel(ErrClosed)
 	<-r.swept
 	return nil
 }
@@ -431,7 +431,7 @@ type task struct {
 	ctx     context.Context // of the request, without its cancellation; Background for an event from the inbox
 	caseID  string
 	state   state
-	decided chan struct{} // closed when err is set; made by the first duplicate that waits for that
+	decided chan struct{} // closed when err is set
 	err     error         // why the event was not accepted
 
 	next    *task // of the same case, to run after this one
@@ -455,11 +455,9 @@ const (
 
 // deliver takes one delivery: parse, accept, observe.
 func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte) (fresh bool, err error) {
-	t, o := new(task), Observation{Outcome: Refused, Body: body}
+	t, o := &task{ctx: context.WithoutCancel(ctx), decided: make(chan struct{})}, Observation{Outcome: Refused, Body: body}
 	if err = t.env.parse(body); err == nil {
-		o.Envelope = &t.env
-		t.ctx = context.WithoutCancel(ctx)
-		t.caseID = t.env.caseID()
+		o.Envelope, t.caseID = &t.env, t.env.caseID()
 		fresh, err = r.accept(t)
 	}
 	if fresh {
@@ -476,77 +474,51 @@ func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte) (f
 // shares the outcome, whichever it is: none is answered before the claim is held (promise 3).
 func (r *Receiver) accept(t *task) (fresh bool, err error) {
 	r.mu.Lock()
-	if r.closed {
-		r.mu.Unlock()
-		return false, ErrClosed
+	first, closed := r.tasks[t.env.EventID], r.closed
+	if first == nil && !closed {
+		r.tasks[t.env.EventID] = t
 	}
-	if first := r.tasks[t.env.EventID]; first != nil {
-		r.await(first)
-		r.mu.Unlock()
+	r.mu.Unlock()
+	switch {
+	case closed:
+		return false, ErrClosed
+	case first != nil:
+		<-first.decided
 		return false, first.err
 	}
-	r.tasks[t.env.EventID] = t
-	r.mu.Unlock()
 	err = errPanicked // unless the store returns
-	defer func() { r.decide(t, err) }()
-	if fresh, err = r.claim(t); !fresh {
-		return false, err
-	}
-	if r.inbox == nil {
-		err = r.waitForRoom()
-	}
-	if err == nil {
-		err = r.place(t)
-	}
-	if err != nil {
-		_ = r.done(t.ctx, t, err)
-	}
-	return err == nil, err
-}
-
-// await returns when t is decided. mu is held, but for the waiting.
-func (r *Receiver) await(t *task) {
-	if t.state != deciding {
-		return
-	}
-	if t.decided == nil {
-		t.decided = make(chan struct{})
-	}
-	r.mu.Unlock()
-	<-t.decided
-	r.mu.Lock()
-}
-
-// decide ends the deciding of t, which is forgotten unless it was placed in memory.
-func (r *Receiver) decide(t *task, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	t.err = err
-	if t.state == deciding {
-		delete(r.tasks, t.env.EventID)
-		r.checkDrained()
-	}
-	if t.decided != nil {
+	defer func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if t.state == deciding {
+			delete(r.tasks, t.env.EventID)
+			r.checkDrained()
+		}
+		t.err = err
 		close(t.decided)
-	}
-}
-
-// claim asks the store for the event of t, and reports whether it is ours to handle.
-func (r *Receiver) claim(t *task) (fresh bool, err error) {
+	}()
 	ctx, cancel := context.WithTimeout(t.ctx, storeTimeout)
 	defer cancel()
 	fresh, err = r.store.Claim(ctx, &t.env)
-	if err == nil {
-		return fresh, nil
+	if err != nil {
+		err = r.storeFailed(t, "claim", err)
+		if r.inbox != nil {
+			return false, err
+		}
+		if fresh = !r.failClosed; fresh {
+			err = nil
+		}
 	}
-	err = r.storeFailed(t, "claim", err)
-	if r.inbox == nil && !r.failClosed {
-		return true, nil
+	if fresh && r.inbox == nil {
+		err = r.waitForRoom()
 	}
-	if r.inbox == nil {
-		_ = r.done(t.ctx, t, err) // it may have been recorded after all
+	if fresh && err == nil {
+		err = r.place(t)
 	}
-	return false, err
+	if err != nil {
+		_ = r.done(t.ctx, t, err) // after a failed claim too: it may have been recorded after all
+	}
+	return fresh && err == nil, err
 }
 
 // done ends the claim of t.
@@ -563,11 +535,11 @@ func (r *Receiver) done(ctx context.Context, t *task, result error) error {
 // storeFailed reports a failure of the store. If the inbox is closed or another's, that is the end.
 func (r *Receiver) storeFailed(t *task, step string, err error) error {
 	err = fmt.Errorf("offloadhook: %s: %w", step, err)
-	o := Observation{Outcome: StoreFailed, Err: err}
+	o, ctx := Observation{Outcome: StoreFailed, Err: err}, r.alive
 	if t != nil {
-		o.Envelope, o.Body, o.Attempt = &t.env, t.env.Raw, t.attempt
+		o.Envelope, o.Body, o.Attempt, ctx = &t.env, t.env.Raw, t.attempt, t.ctx
 	}
-	r.observe(r.alive, o)
+	r.observe(ctx, o)
 	if r.inbox != nil && errors.Is(err, ErrClosed) {
 		r.abandon(err)
 	}
@@ -576,10 +548,8 @@ func (r *Receiver) storeFailed(t *task, step string, err error) error {
 
 // waitForRoom takes room in memory for one event.
 func (r *Receiver) waitForRoom() error {
-	select {
-	case r.room <- struct{}{}:
+	if r.tryRoom() {
 		return nil
-	default:
 	}
 	select {
 	case r.lobby <- struct{}{}:
@@ -587,15 +557,13 @@ func (r *Receiver) waitForRoom() error {
 	default:
 		return ErrBusy
 	}
-	timeout := time.NewTimer(roomTimeout)
-	defer timeout.Stop()
+	ctx, cancel := context.WithTimeoutCause(r.alive, roomTimeout, ErrBusy)
+	defer cancel()
 	select {
 	case r.room <- struct{}{}:
 		return nil
-	case <-timeout.C:
-		return ErrBusy
-	case <-r.alive.Done():
-		return ErrClosed
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 
@@ -885,7 +853,7 @@ func (r *Receiver) abandon(reason error) {
 		return
 	}
 	r.closed = true
-	r.cancel()
+	r.cancel(ErrClosed)
 	left := r.drop()
 	if r.inbox != nil {
 		left = nil // it keeps them
@@ -942,6 +910,8 @@ func (r *Receiver) readInbox() (clean bool) {
 	r.mu.Unlock()
 	clean, whole := true, true
 	var batch []*task
+	decided := make(chan struct{})
+	close(decided)
 	for env, err := range r.inbox.Pending(ctx) {
 		if r.alive.Err() != nil {
 			break
@@ -951,7 +921,7 @@ func (r *Receiver) readInbox() (clean bool) {
 			_ = r.storeFailed(nil, "pending", err)
 			continue
 		}
-		t := &task{env: *env, ctx: context.Background(), caseID: env.caseID()}
+		t := &task{env: *env, ctx: context.Background(), caseID: env.caseID(), decided: decided}
 		r.mu.Lock()
 		known := r.tasks[env.EventID]
 		switch _, over := r.finished[env.EventID]; {
@@ -976,7 +946,9 @@ func (r *Receiver) readInbox() (clean bool) {
 		if t.state == deciding {
 			id := t.env.EventID
 			for known := r.tasks[id]; known != nil && known.state == deciding; known = r.tasks[id] {
-				r.await(known)
+				r.mu.Unlock()
+				<-known.decided
+				r.mu.Lock()
 			}
 			if _, over := r.finished[id]; over || r.tasks[id] != nil || r.closed {
 				<-r.room
