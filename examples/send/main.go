@@ -1,5 +1,5 @@
-// Send plays Offload's part while you develop a receiver: it sends events to a URL, one POST for each, and takes any 2xx
-// for success. As the contract says, it never sends again what was refused.
+// Send plays Offload's part while you develop a receiver: it sends events to a URL, one POST for each, and takes any
+// 2xx for success. As the contract says, it never sends again what was refused.
 //
 //	go run ./examples/send                                         the fixtures, once each, as they are
 //	go run ./examples/send -type case.failed -case case_42         one event made from a fixture

@@ -159,8 +159,8 @@ func TestReceiver(t *testing.T) {
 	s := httptest.NewServer(receiver)
 	defer s.Close()
 	var out strings.Builder
-	exit := run(t.Context(), []string{"-url", s.URL, "-token", "a&b c", "-n", "200", "-c", "8", "-duplicate", "10%", "-shuffle"},
-		&out, &out, false)
+	args := []string{"-url", s.URL, "-token", "a&b c", "-n", "200", "-c", "8", "-duplicate", "10%", "-shuffle"}
+	exit := run(t.Context(), args, &out, &out, false)
 	s.Close()
 	if err := receiver.Shutdown(t.Context()); err != nil {
 		t.Fatal(err)
