@@ -1,0 +1,226 @@
+// Reconcile finds what the webhooks did not bring. Offload sends each event once, so one that was refused, or sent
+// while nobody listened, is lost; the contract advises to poll important cases. Given their ids, one a line, this asks
+// the API for each case, makes the event that Offload sent or would have sent for its present state, and delivers it.
+// The event_id follows from the case, so what the webhook has brought is a duplicate, and what it has not is handled.
+//
+//	export OFFLOAD_API_URL=https://… OFFLOAD_API_KEY=…
+//	go run ./examples/reconcile -dir /var/lib/myapp/offload cases.txt                         one round
+//	go run ./examples/reconcile -dir /var/lib/myapp/offload -addr :8080 -every 10m cases.txt  beside the webhook
+//
+// A journal belongs to one process: to open it takes it over. So do not run this beside a server that has the same
+// journal; let it serve the webhook itself, as in the second line, or copy reconcile.go into your server. With a store
+// that replicas share it may be a program of its own.
+//
+// What it cannot do: the API tells only the present state of a case. An event of an earlier state is gone, such as a
+// question that has been answered since. A later update of a case is another event_id, so if Offload updates a case
+// without sending an event, this makes one more event of a state that you know. And the API does not tell metadata and
+// failureReason: the events made here lack them. That is why a case that was updated less than -min-age ago is left
+// for the next round. To claim its event_id now would turn away the richer webhook that may be on its way.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"offloadhook"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop)
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, log)
+	if errors.Is(err, flag.ErrHelp) {
+		return
+	}
+	if err != nil {
+		log.Error("exit", "error", err)
+		os.Exit(1)
+	}
+}
+
+// run is main with its surroundings as parameters.
+func run(
+	ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout io.Writer, log *slog.Logger,
+) error {
+	flags := flag.NewFlagSet("reconcile", flag.ContinueOnError)
+	dir := flags.String("dir", "", "directory of the journal")
+	addr := flags.String("addr", "", "address on which to serve the webhook, at /offload (default: do not)")
+	every := flags.Duration("every", 0, "pause between two rounds (default: one round)")
+	minAge := flags.Duration("min-age", 5*time.Minute, "how long ago a case must have been updated")
+	rate := flags.Float64("rate", 5, "requests to the API a second at most")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	base, key, token := getenv("OFFLOAD_API_URL"), getenv("OFFLOAD_API_KEY"), getenv("OFFLOAD_TOKEN")
+	switch {
+	case base == "" || key == "":
+		return errors.New("OFFLOAD_API_URL and OFFLOAD_API_KEY must be set")
+	case *dir == "" || flags.NArg() > 1 || !(*rate > 0) || *every < 0:
+		return errors.New("usage: reconcile -dir DIR [-addr ADDR] [-every PAUSE] [-min-age AGE] [-rate N] [file]")
+	case *every > 0 && flags.NArg() == 0:
+		return errors.New("-every needs a file, which is read anew for each round")
+	}
+
+	journal, err := offloadhook.OpenJournal(*dir, 0)
+	if err != nil {
+		return err
+	}
+	work := worker{out: stdout}
+	opts := []offloadhook.Option{offloadhook.WithInbox(journal)}
+	if token != "" {
+		opts = append(opts, offloadhook.WithToken(token))
+	}
+	receiver := offloadhook.Handler(offloadhook.Callbacks{Other: work.do}, opts...) // it needs no typed payload
+	stopServing := func() {}
+	if *addr != "" {
+		if stopServing, err = serve(*addr, receiver, log); err != nil {
+			return errors.Join(err, receiver.Shutdown(ctx), journal.Close())
+		}
+	}
+
+	r := &reconciler{
+		api:     newAPI(base, key, *rate, http.DefaultTransport),
+		deliver: receiver.Deliver,
+		minAge:  *minAge,
+		log:     log,
+	}
+	for {
+		err = r.round(ctx, stdin, flags.Arg(0))
+		if *every == 0 || errors.Is(err, offloadhook.ErrClosed) {
+			break
+		}
+		if err != nil && ctx.Err() == nil {
+			log.Error("not all is reconciled", "error", err)
+		}
+		if err = nil; sleep(ctx, *every) != nil {
+			break
+		}
+	}
+	if *every == 0 {
+		err = errors.Join(err, settle(ctx, journal))
+	}
+	// The order matters: first no more requests, then no more callbacks, then no more journal.
+	stopServing()
+	deadline, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	return errors.Join(err, receiver.Shutdown(deadline), journal.Close())
+}
+
+// round goes once through the ids in the file, or in stdin when there is no file.
+func (r *reconciler) round(ctx context.Context, stdin io.Reader, file string) error {
+	in := stdin
+	if file != "" {
+		f, err := os.Open(file)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		in = f
+	}
+	var ids []string
+	lines := bufio.NewScanner(in)
+	for lines.Scan() {
+		if id := strings.TrimSpace(lines.Text()); id != "" && !strings.HasPrefix(id, "#") {
+			ids = append(ids, id)
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return err
+	}
+	t, err := r.run(ctx, ids)
+	r.log.Info("reconciled", "cases", len(ids), "repaired", t.repaired, "known", t.known, "too_young", t.young,
+		"no_event", t.none, "failed", t.failed)
+	if err == nil && t.failed > 0 {
+		err = fmt.Errorf("%d cases could not be asked for or delivered", t.failed)
+	}
+	return err
+}
+
+// settle waits until the journal holds nothing that is to be handled. What was given up stays in it for later.
+func settle(ctx context.Context, journal offloadhook.Inbox) error {
+	for {
+		waiting := false
+		for _, err := range journal.Pending(ctx) {
+			if err != nil {
+				return err
+			}
+			waiting = true
+			break
+		}
+		if !waiting {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil // the next start handles the rest
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// serve serves the webhook until stop is called.
+func serve(addr string, receiver http.Handler, log *slog.Logger) (stop func(), err error) {
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/offload", receiver)
+	server := &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       15 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+	}
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			log.Error("the server stopped", "error", err)
+		}
+	})
+	log.Info("listening", "addr", listener.Addr().String())
+	return func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := server.Shutdown(ctx); err != nil {
+			log.Warn("requests were cut off", "error", err)
+			server.Close()
+		}
+		serving.Wait()
+	}, nil
+}
+
+// worker writes each event as a line of JSON. Put your own work here.
+type worker struct {
+	mu  sync.Mutex // protects out
+	out io.Writer
+}
+
+func (w *worker) do(_ context.Context, env *offloadhook.Envelope) error {
+	var line bytes.Buffer
+	if err := json.Compact(&line, env.Raw); err != nil {
+		return err
+	}
+	line.WriteByte('\n')
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	_, err := w.out.Write(line.Bytes())
+	return err
+}
