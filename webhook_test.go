@@ -5,9 +5,13 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"iter"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -16,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/metrics"
 	"slices"
 	"strings"
 	"sync"
@@ -1579,14 +1584,23 @@ func TestStoreFails(t *testing.T) {
 // TestSameIDAtOnce: 1,000 ids, 100 deliveries of each: one callback for each (promise 3).
 func TestSameIDAtOnce(t *testing.T) {
 	const ids, times = 1000, 100
-	r := newRig(t, nil)
+	var calls [ids]atomic.Int32
 	var fresh atomic.Int32
+	number := make(map[string]int)
+	var bodies [][]byte
+	for i := range ids {
+		number[fmt.Sprint("evt_", i)] = i
+		bodies = append(bodies, eventBody(fmt.Sprint("evt_", i), fmt.Sprint("case_", i)))
+	}
+	r := Handler(Callbacks{CaseCompleted: func(_ context.Context, env *Envelope, _ *CaseCompleted) error {
+		calls[number[env.EventID]].Add(1)
+		return nil
+	}})
 	var senders sync.WaitGroup
 	for i := range times {
 		senders.Go(func() {
 			for n := range ids {
-				id := fmt.Sprint("evt_", (n+i/10)%ids) // ten abreast, ten waves
-				ok, err := r.Deliver(t.Context(), eventBody(id, id))
+				ok, err := r.Deliver(t.Context(), bodies[(n+i/10)%ids]) // ten abreast, in ten waves
 				if err != nil {
 					t.Error(err)
 				}
@@ -1601,8 +1615,1424 @@ func TestSameIDAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	expectEqual(t, "fresh", fresh.Load(), ids)
-	called := r.called()
-	slices.Sort(called)
-	expectEqual(t, "callbacks", len(called), ids)
-	expectEqual(t, "different ones", len(slices.Compact(called)), ids)
+	for i := range calls {
+		expectEqual(t, fmt.Sprint("callbacks for evt_", i), calls[i].Load(), 1)
+	}
+}
+
+// TestShutdown drains, and at the end of its context cancels and reports.
+func TestShutdown(t *testing.T) {
+	inBubble(t, "drains", func(t *testing.T) {
+		attempts := 0
+		r := newRig(t, func(_ context.Context, env *Envelope) error {
+			time.Sleep(time.Second)
+			if env.EventID == "evt_0" {
+				if attempts++; attempts < 3 {
+					return errTest
+				}
+			}
+			return nil
+		}, WithConcurrency(1), WithBacklog(2))
+		r.deliver(t, "evt_0", "case_1")
+		r.deliver(t, "evt_1", "case_1")
+		waiting := r.deliverAsync("evt_2", "case_2") // accepted in the middle of the shutdown
+		synctest.Wait()
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if d := <-waiting; !d.fresh || d.err != nil {
+			t.Errorf("the event that waited for room: %v, %v", d.fresh, d.err)
+		}
+		expectEqual(t, "handled", r.count(Handled), 3)
+		expectEqual(t, "unfinished", r.count(Unfinished), 0)
+	})
+
+	inBubble(t, "refuses what is new", func(t *testing.T) {
+		release := make(chan struct{})
+		r := newRig(t, func(context.Context, *Envelope) error { <-release; return nil })
+		r.deliver(t, "evt_1", "case_1")
+		var stopping sync.WaitGroup
+		stopping.Go(func() {
+			if err := r.Shutdown(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait()
+		for _, id := range []string{"evt_1", "evt_2"} {
+			if fresh, err := r.Deliver(t.Context(), eventBody(id, "case_2")); fresh || !errors.Is(err, ErrClosed) {
+				t.Errorf("%s: %v, %v, want false, %v", id, fresh, err, ErrClosed)
+			}
+		}
+		expectList(t, "store", r.store.noted(), "claim evt_1")
+		close(release)
+		stopping.Wait()
+		expectList(t, "called", r.called(), "evt_1")
+	})
+
+	inBubble(t, "waits for a claim that is undecided", func(t *testing.T) {
+		r := newRig(t, nil)
+		r.store.onClaim = func(context.Context, *Envelope) error { time.Sleep(time.Second); return nil }
+		delivering := r.deliverAsync("evt_1", "case_1")
+		synctest.Wait()
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if d := <-delivering; !d.fresh || d.err != nil {
+			t.Errorf("%v, %v", d.fresh, d.err)
+		}
+		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Handled)
+	})
+
+	inBubble(t, "cancels and reports at its deadline", func(t *testing.T) {
+		r := newRig(t, func(ctx context.Context, env *Envelope) error {
+			switch env.EventID {
+			case "evt_failing":
+				return errTest
+			case "evt_stubborn":
+				time.Sleep(time.Hour)
+				return nil
+			}
+			<-ctx.Done()
+			return ctx.Err()
+		}, WithConcurrency(3), WithBacklog(5), WithRetry(3, time.Hour))
+		events := []string{"evt_failing", "evt_running", "evt_stubborn", "evt_same_case", "evt_ready1", "evt_ready2"}
+		for _, id := range events {
+			caseID := id
+			if id == "evt_same_case" {
+				caseID = "evt_running"
+			}
+			r.deliver(t, id, caseID)
+			synctest.Wait()
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		start := time.Now()
+		err := r.Shutdown(ctx)
+		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) != time.Second {
+			t.Errorf("Shutdown: %v after %v", err, time.Since(start))
+		}
+		for _, id := range events {
+			os := r.observations(id)
+			last := os[len(os)-1]
+			if last.Outcome != Unfinished || !errors.Is(last.Err, context.DeadlineExceeded) ||
+				!bytes.Contains(last.Body, []byte(id)) {
+				t.Errorf("last of %s: %s, %v, %q", id, last.Outcome, last.Err, last.Body)
+			}
+		}
+		time.Sleep(2 * time.Hour)
+		synctest.Wait()
+		expectEqual(t, "unfinished", r.count(Unfinished), len(events))
+		dones := strings.Join(r.store.noted(), "\n")
+		for _, id := range events {
+			want := "done " + id + " " + ErrClosed.Error()
+			if id == "evt_stubborn" { // which returned nil in the end
+				want = "done " + id + " <nil>"
+			}
+			expectEqual(t, want, strings.Count(dones, want), 1)
+		}
+		for _, id := range []string{"evt_same_case", "evt_ready1", "evt_ready2"} {
+			if slices.Contains(r.called(), id) && id == "evt_same_case" {
+				t.Errorf("%s was started", id)
+			}
+		}
+		expectEqual(t, "goroutines left", ourGoroutines(), 0)
+	})
+
+	inBubble(t, "twice, at once, and with nothing to do", func(t *testing.T) {
+		idle := newRig(t, nil)
+		over, cancel := context.WithCancel(t.Context())
+		cancel()
+		for range 2 { // nothing is left, so the context does not matter
+			if err := idle.Shutdown(over); err != nil {
+				t.Errorf("Shutdown of an idle receiver: %v", err)
+			}
+		}
+		r := newRig(t, func(context.Context, *Envelope) error { time.Sleep(time.Minute); return nil })
+		r.deliver(t, "evt_1", "case_1")
+		var stopping sync.WaitGroup
+		for range 10 {
+			stopping.Go(func() {
+				if err := r.Shutdown(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		stopping.Wait()
+		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Handled)
+	})
+
+	inBubble(t, "again after its deadline", func(t *testing.T) {
+		r := newRig(t, func(context.Context, *Envelope) error { time.Sleep(time.Minute); return nil })
+		r.deliver(t, "evt_1", "case_1")
+		synctest.Wait()
+		over, cancel := context.WithCancel(t.Context())
+		cancel()
+		for range 3 {
+			if err := r.Shutdown(over); !errors.Is(err, context.Canceled) {
+				t.Errorf("Shutdown: %v", err)
+			}
+		}
+		if err := r.Shutdown(t.Context()); err != nil { // waits for the callback that ignores its context
+			t.Errorf("Shutdown: %v", err)
+		}
+		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Unfinished, Handled)
+	})
+}
+
+// TestShutdownUnderLoad shuts down while events come in, with a deadline that passes in every second round. What was
+// acknowledged is handled or reported; what was refused is not run after that.
+func TestShutdownUnderLoad(t *testing.T) {
+	for seed := range uint64(200) {
+		synctest.Test(t, func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(seed, 2))
+			takes := time.Duration(1+rng.IntN(500)) * time.Millisecond
+			r := newRig(t, func(ctx context.Context, env *Envelope) error {
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case <-time.After(takes):
+				}
+				if env.EventID[len(env.EventID)-1] == '7' {
+					return errTest
+				}
+				return nil
+			}, WithConcurrency(1+rng.IntN(4)), WithBacklog(1+rng.IntN(10)), WithRetry(2, time.Second))
+			deliveries := make(map[string]<-chan delivery)
+			for i := range 40 {
+				id := fmt.Sprint("evt_", i)
+				deliveries[id] = r.deliverAsync(id, fmt.Sprint("case_", i%6))
+				if rng.IntN(4) == 0 {
+					time.Sleep(takes / 2)
+				}
+			}
+			ctx, cancel := t.Context(), context.CancelFunc(func() {})
+			if seed%2 == 0 {
+				ctx, cancel = context.WithTimeout(ctx, time.Duration(rng.IntN(1000))*time.Millisecond)
+			}
+			defer cancel()
+			if err := r.Shutdown(ctx); err != nil && seed%2 == 1 {
+				t.Error(err)
+			}
+			results := make(map[string]delivery)
+			for id, result := range deliveries {
+				results[id] = <-result
+			}
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			for id, d := range results {
+				outcomes := r.outcomes(id)
+				ends := 0
+				for _, o := range outcomes {
+					if o == Handled || o == GaveUp || o == Unfinished {
+						ends++
+					}
+				}
+				switch {
+				case d.err == nil && ends != 1:
+					t.Errorf("%s was acknowledged, and then: %v", id, outcomes)
+				case d.err != nil && (ends > 0 || len(r.times(id)) > 0):
+					t.Errorf("%s was refused with %v, and then: %v", id, d.err, outcomes)
+				}
+			}
+			expectEqual(t, "goroutines left", ourGoroutines(), 0)
+			if t.Failed() {
+				t.Fatalf("seed %d", seed)
+			}
+		})
+	}
+}
+
+// ourGoroutines counts the goroutines that run, or were started by, a receiver.
+func ourGoroutines() (n int) {
+	stacks := make([]byte, 4<<20)
+	stacks = stacks[:runtime.Stack(stacks, true)]
+	for stack := range strings.SplitSeq(string(stacks), "\n\n") {
+		if strings.Contains(stack, "offloadhook.(*Receiver)") {
+			n++
+		}
+	}
+	return n
+}
+
+// TestNoGoroutines: none while nothing is pending, but for the sweep of an Inbox, and none at all after Shutdown.
+func TestNoGoroutines(t *testing.T) {
+	for name, sweeps := range map[string]int{"deduper": 0, "inbox": 1} {
+		inBubble(t, name, func(t *testing.T) {
+			var opts []Option
+			if sweeps > 0 {
+				opts = append(opts, WithInbox(new(fakeInbox)))
+			}
+			r := newRig(t, nil, opts...)
+			for i := range 100 {
+				r.deliver(t, fmt.Sprint("evt_", i), fmt.Sprint("case_", i%10))
+			}
+			synctest.Wait()
+			expectEqual(t, "handled", r.count(Handled), 100)
+			expectEqual(t, "goroutines at rest", ourGoroutines(), sweeps)
+			if err := r.Shutdown(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+			expectEqual(t, "goroutines after Shutdown", ourGoroutines(), 0)
+		})
+	}
+}
+
+// fakeInbox is an Inbox in memory. A receiver that is abandoned and another that is given the same one are what a crash
+// and a restart are to a real one.
+type fakeInbox struct {
+	onClaim   func(ctx context.Context, env *Envelope) error // after storing; an error is returned in place of nil
+	onDone    func(env *Envelope) error                      // an error is returned in place of recording
+	onPending func(call int) error                           // after the snapshot was taken; an error is yielded first
+	goesOn    bool                                           // after such an error, with the events
+	onYield   func(call int, id string)                      // before each event
+
+	mu       sync.Mutex // protects what follows, and the functions above once a receiver has the store
+	events   []*inboxEvent
+	handled  map[string]bool
+	pendings []time.Time // when Pending was called
+}
+
+type inboxEvent struct {
+	id     string
+	raw    []byte
+	gaveUp time.Time // zero unless given up
+}
+
+func (in *fakeInbox) find(id string) int {
+	return slices.IndexFunc(in.events, func(e *inboxEvent) bool { return e.id == id })
+}
+
+func (in *fakeInbox) Claim(ctx context.Context, env *Envelope) (fresh bool, err error) {
+	in.mu.Lock()
+	i := in.find(env.EventID)
+	fresh = !in.handled[env.EventID] && (i < 0 || !in.events[i].gaveUp.IsZero())
+	if fresh {
+		if i >= 0 {
+			in.events = slices.Delete(in.events, i, i+1)
+		}
+		in.events = append(in.events, &inboxEvent{id: env.EventID, raw: bytes.Clone(env.Raw)})
+	}
+	onClaim := in.onClaim
+	in.mu.Unlock()
+	if onClaim != nil {
+		err = onClaim(ctx, env)
+	}
+	return fresh && err == nil, err
+}
+
+func (in *fakeInbox) Done(_ context.Context, env *Envelope, result error) error {
+	in.mu.Lock()
+	onDone := in.onDone
+	in.mu.Unlock()
+	if onDone != nil {
+		if err := onDone(env); err != nil {
+			return err
+		}
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	i := in.find(env.EventID)
+	switch {
+	case i < 0 || !in.events[i].gaveUp.IsZero():
+	case result != nil:
+		in.events[i].gaveUp = time.Now()
+	default:
+		in.events = slices.Delete(in.events, i, i+1)
+		if in.handled == nil {
+			in.handled = make(map[string]bool)
+		}
+		in.handled[env.EventID] = true
+	}
+	return nil
+}
+
+func (in *fakeInbox) Pending(context.Context) iter.Seq2[*Envelope, error] {
+	return func(yield func(*Envelope, error) bool) {
+		in.mu.Lock()
+		in.pendings = append(in.pendings, time.Now())
+		call := len(in.pendings)
+		for _, e := range slices.Clone(in.events) {
+			if !e.gaveUp.IsZero() && (call == 1 || time.Since(e.gaveUp) >= 10*time.Minute) {
+				i := in.find(e.id)
+				in.events = append(slices.Delete(in.events, i, i+1), &inboxEvent{id: e.id, raw: e.raw})
+			}
+		}
+		snapshot := slices.DeleteFunc(slices.Clone(in.events), func(e *inboxEvent) bool { return !e.gaveUp.IsZero() })
+		onPending, onYield := in.onPending, in.onYield
+		in.mu.Unlock()
+		if call > 100_000 {
+			panic("Pending is called over and over")
+		}
+		if onPending != nil {
+			if err := onPending(call); err != nil && (!yield(nil, err) || !in.goesOn) {
+				return
+			}
+		}
+		for _, e := range snapshot {
+			if onYield != nil {
+				onYield(call, e.id)
+			}
+			env, err := ParseEnvelope(e.raw)
+			if !yield(env, err) {
+				return
+			}
+		}
+	}
+}
+
+// change runs f, which sets some of the functions.
+func (in *fakeInbox) change(f func()) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	f()
+}
+
+// put stores an event as if it had been claimed before the receiver was there.
+func (in *fakeInbox) put(id, caseID string) {
+	in.events = append(in.events, &inboxEvent{id: id, raw: eventBody(id, caseID)})
+}
+
+// pending returns the ids that are not done.
+func (in *fakeInbox) pending() (ids []string) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	for _, e := range in.events {
+		ids = append(ids, e.id)
+	}
+	return ids
+}
+
+// readings returns when Pending was called.
+func (in *fakeInbox) readings() []time.Time {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return slices.Clone(in.pendings)
+}
+
+// TestInboxStartsBehind: an event of a case must not overtake an older one that waits in the store (promise 5).
+func TestInboxStartsBehind(t *testing.T) {
+	inBubble(t, "until Pending has been read to its end", func(t *testing.T) {
+		in := new(fakeInbox)
+		in.put("evt_old1", "case_1")
+		in.put("evt_old2", "case_1")
+		in.onYield = func(_ int, id string) {
+			if id == "evt_old2" {
+				time.Sleep(5 * time.Second)
+			}
+		}
+		r := newRig(t, nil, WithInbox(in))
+		time.Sleep(time.Second) // in the middle of the reading
+		r.deliver(t, "evt_new1", "case_1")
+		r.deliver(t, "evt_new2", "case_2")
+		synctest.Wait()
+		if called := r.called(); slices.Contains(called, "evt_new1") || slices.Contains(called, "evt_new2") {
+			t.Errorf("called in the middle of the reading: %v", called)
+		}
+		time.Sleep(time.Minute)
+		called := slices.DeleteFunc(r.called(), func(id string) bool { return id == "evt_new2" })
+		expectList(t, "case_1", called, "evt_old1", "evt_old2", "evt_new1")
+		expectEqual(t, "handled", r.count(Handled), 4)
+		expectList(t, "in the store", in.pending())
+	})
+
+	inBubble(t, "an error is no end", func(t *testing.T) {
+		in := new(fakeInbox)
+		in.put("evt_old", "case_1")
+		const failures = 5
+		in.onPending = func(call int) error {
+			if call <= failures {
+				return errTest
+			}
+			return nil
+		}
+		r := newRig(t, func(context.Context, *Envelope) error {
+			if len(in.readings()) <= failures {
+				t.Error("called before a clean reading")
+			}
+			return nil
+		}, WithInbox(in))
+		synctest.Wait()
+		r.deliver(t, "evt_new", "case_1")
+		time.Sleep(2 * time.Minute)
+		expectList(t, "called", r.called(), "evt_old", "evt_new")
+		told := r.observations("")
+		expectEqual(t, "errors told", len(told), failures)
+		for _, o := range told {
+			if o.Outcome != StoreFailed || !errors.Is(o.Err, errTest) {
+				t.Errorf("told %s, %v", o.Outcome, o.Err)
+			}
+		}
+	})
+
+	// A replayed event has no request: its context has no values, and its bytes are what was received.
+	inBubble(t, "without a request", func(t *testing.T) {
+		in := new(fakeInbox)
+		raw := []byte(" {\"data\" : {\"x\":1e400},\r\n \"event_id\":\"evt_1\" }\n")
+		in.events = append(in.events, &inboxEvent{id: "evt_1", raw: raw})
+		r := newRig(t, func(ctx context.Context, env *Envelope) error {
+			if ctx.Value(contextKey{}) != nil || ctx.Value(http.ServerContextKey) != nil {
+				t.Error("the context has values")
+			}
+			expectEqual(t, "Raw", string(env.Raw), string(raw))
+			return nil
+		}, WithInbox(in))
+		synctest.Wait()
+		expectList(t, "called", r.called(), "evt_1")
+	})
+}
+
+// TestInboxUndecided: a reading that meets an id whose claim is not decided neither runs it nor passes over it.
+func TestInboxUndecided(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		err  error
+	}{
+		{"granted", nil},
+		{"failed", errTest}, // but stored all the same
+	} {
+		inBubble(t, test.name, func(t *testing.T) {
+			in := new(fakeInbox)
+			in.onClaim = func(_ context.Context, env *Envelope) error {
+				if env.EventID == "evt_1" {
+					time.Sleep(4 * time.Second)
+					return test.err
+				}
+				return nil
+			}
+			in.onPending = func(call int) error {
+				if call == 1 {
+					time.Sleep(time.Second)
+				}
+				return nil
+			}
+			r := newRig(t, nil, WithInbox(in))
+			// The claim is in the store before the first snapshot is taken, or after it: both are played.
+			first := r.deliverAsync("evt_1", "case_1")
+			time.Sleep(3 * time.Second)
+			expectList(t, "called before the claim is decided", r.called())
+			later := r.deliverAsync("evt_2", "case_1")
+			if d := <-later; !d.fresh || d.err != nil {
+				t.Errorf("the later event: %v, %v", d.fresh, d.err)
+			}
+			if d := <-first; !errors.Is(d.err, test.err) {
+				t.Errorf("the first event: %v, want %v", d.err, test.err)
+			}
+			time.Sleep(time.Minute)
+			called := r.called()
+			slices.Sort(called)
+			expectList(t, "called", called, "evt_1", "evt_2")
+			expectList(t, "in the store", in.pending())
+		})
+	}
+
+	// The reading is held at the undecided id, and what it has read behind that waits too.
+	inBubble(t, "in the snapshot", func(t *testing.T) {
+		in := new(fakeInbox)
+		claiming := make(chan struct{})
+		in.onPending = func(call int) error {
+			if call == 2 {
+				<-claiming
+			}
+			return nil
+		}
+		in.onClaim = func(_ context.Context, env *Envelope) error {
+			if env.EventID == "evt_1" {
+				time.Sleep(4 * time.Second)
+			}
+			return nil
+		}
+		r := newRig(t, func(context.Context, *Envelope) error { time.Sleep(time.Second); return nil }, WithInbox(in))
+		time.Sleep(9 * time.Second)
+		first := r.deliverAsync("evt_1", "case_1") // undecided when Pending is called for the second time
+		time.Sleep(2 * time.Second)
+		close(claiming)
+		synctest.Wait()
+		expectList(t, "called before the claim is decided", r.called())
+		if d := <-first; !d.fresh || d.err != nil {
+			t.Errorf("the first event: %v, %v", d.fresh, d.err)
+		}
+		time.Sleep(time.Minute)
+		expectList(t, "called", r.called(), "evt_1")
+	})
+}
+
+// TestInboxFinishesDuringReading: what ends between the snapshot and its turn is not run again (promise 3).
+func TestInboxFinishesDuringReading(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := new(fakeInbox)
+		in.onYield = func(call int, _ string) {
+			if call == 2 {
+				time.Sleep(5 * time.Second)
+			}
+		}
+		r := newRig(t, func(context.Context, *Envelope) error { time.Sleep(12 * time.Second); return nil }, WithInbox(in))
+		time.Sleep(time.Second)
+		r.deliver(t, "evt_1", "case_1")
+		time.Sleep(time.Minute)
+		expectList(t, "called", r.called(), "evt_1")
+		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Handled)
+	})
+}
+
+// TestInboxIsTheQueue: with no room in memory the answer is still a 202, and the event is read back in order, once.
+func TestInboxIsTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const events, cases, concurrency, backlog = 2000, 10, 3, 8
+		in := new(fakeInbox)
+		release := make(chan struct{})
+		order := make(map[string][]string)
+		var mu sync.Mutex
+		r := newRig(t, func(_ context.Context, env *Envelope) error {
+			<-release
+			mu.Lock()
+			defer mu.Unlock()
+			order[env.caseID()] = append(order[env.caseID()], env.EventID)
+			return nil
+		}, WithInbox(in), WithConcurrency(concurrency), WithBacklog(backlog))
+		p := serve(t, &http.Server{Handler: r})
+		synctest.Wait()
+		conn := p.dial(t)
+		start := time.Now()
+		want := make(map[string][]string)
+		for i := range events {
+			id, caseID := fmt.Sprint("evt_", i), fmt.Sprint("case_", i%cases)
+			want[caseID] = append(want[caseID], id)
+			body := string(eventBody(id, caseID))
+			send(t, conn, post(body, len(body)))
+			expectEqual(t, "status", readAnswer(t, conn).StatusCode, 202)
+		}
+		expectEqual(t, "took", time.Since(start), 0)
+		if n := ourGoroutines(); n > concurrency+2 { // and the connection, and the sweep
+			t.Errorf("%d goroutines", n)
+		}
+		time.Sleep(time.Minute)
+		r.Receiver.mu.Lock()
+		if held := len(r.tasks); held > backlog {
+			t.Errorf("%d events in memory, want at most %d", held, backlog)
+		}
+		r.Receiver.mu.Unlock()
+		close(release)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		mu.Lock()
+		defer mu.Unlock()
+		for caseID, ids := range want {
+			expectList(t, caseID, order[caseID], ids...)
+		}
+		expectEqual(t, "handled", r.count(Handled), events)
+		expectList(t, "in the store", in.pending())
+	})
+}
+
+// TestInboxRetriesTakeNoRoom: events that wait for another attempt do not fill the backlog.
+func TestInboxRetriesTakeNoRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(_ context.Context, env *Envelope) error {
+			if strings.HasPrefix(env.EventID, "evt_bad") {
+				return errTest
+			}
+			return nil
+		}, WithInbox(new(fakeInbox)), WithBacklog(4), WithConcurrency(2), WithRetry(2, 10*time.Hour))
+		for i := range 4 {
+			r.deliver(t, fmt.Sprint("evt_bad", i), fmt.Sprint("case_bad", i))
+		}
+		time.Sleep(time.Minute)
+		expectEqual(t, "waiting for another attempt", r.count(Retrying), 4)
+		for i := range 20 {
+			r.deliver(t, fmt.Sprint("evt_", i), fmt.Sprint("case_", i))
+		}
+		time.Sleep(time.Minute)
+		expectEqual(t, "handled", r.count(Handled), 20)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := r.Shutdown(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestInboxSweep: Pending is called every 10 s, whatever else happens, since a shared store renews its lease there, and
+// not much more often.
+func TestInboxSweep(t *testing.T) {
+	check := func(t *testing.T, in *fakeInbox, since time.Time, period time.Duration) {
+		t.Helper()
+		last, n := since, 0
+		for _, at := range append(in.readings(), since.Add(period)) {
+			if at.Before(since) {
+				last = at
+				continue
+			}
+			if gap := at.Sub(last); gap > 10*time.Second {
+				t.Errorf("no reading for %v", gap)
+			}
+			last = at
+			n++
+		}
+		if most := 2 * int(period/(10*time.Second)); n > most {
+			t.Errorf("%d readings in %v, want at most %d", n, period, most)
+		}
+	}
+	inBubble(t, "idle", func(t *testing.T) {
+		in := new(fakeInbox)
+		newRig(t, nil, WithInbox(in))
+		start := time.Now()
+		time.Sleep(5 * time.Minute)
+		check(t, in, start, 5*time.Minute)
+	})
+	inBubble(t, "full", func(t *testing.T) {
+		in := new(fakeInbox)
+		r := newRig(t, func(ctx context.Context, _ *Envelope) error { <-ctx.Done(); return ctx.Err() },
+			WithInbox(in), WithConcurrency(2), WithBacklog(3))
+		synctest.Wait()
+		for i := range 20 {
+			r.deliver(t, fmt.Sprint("evt_", i), fmt.Sprint("case_", i))
+		}
+		synctest.Wait()
+		start := time.Now()
+		time.Sleep(5 * time.Minute)
+		check(t, in, start, 5*time.Minute)
+		over, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := r.Shutdown(over); !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
+	inBubble(t, "draining", func(t *testing.T) {
+		in := new(fakeInbox)
+		r := newRig(t, func(_ context.Context, env *Envelope) error {
+			if env.EventID == "evt_0" {
+				time.Sleep(5 * time.Minute)
+			} else {
+				time.Sleep(15 * time.Second)
+			}
+			return nil
+		}, WithInbox(in), WithConcurrency(2), WithBacklog(30))
+		synctest.Wait()
+		for i := range 20 {
+			r.deliver(t, fmt.Sprint("evt_", i), fmt.Sprint("case_", i))
+		}
+		synctest.Wait()
+		start := time.Now()
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Error(err)
+		}
+		check(t, in, start, 5*time.Minute)
+	})
+}
+
+// TestInboxFails: an Inbox that fails to claim refuses, whatever the receiver does with a plain Deduper.
+func TestInboxFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := new(fakeInbox)
+		r := newRig(t, nil, WithInbox(in))
+		synctest.Wait()
+		in.onClaim = func(context.Context, *Envelope) error { return errTest }
+		if fresh, err := r.Deliver(t.Context(), []byte(`{"event_id":"evt_1"}`)); fresh || !errors.Is(err, errTest) {
+			t.Errorf("Deliver: %v, %v", fresh, err)
+		}
+		synctest.Wait()
+		expectList(t, "outcomes", r.outcomes("evt_1"), StoreFailed, Refused)
+		expectList(t, "called now", r.called())
+		in.onClaim = nil
+		r.deliver(t, "evt_2", "case_2")
+		synctest.Wait()
+		expectList(t, "called", r.called(), "evt_2")
+	})
+
+	// With an Inbox there is no end to recording the end: until then another receiver would run it again.
+	inBubble(t, "to record", func(t *testing.T) {
+		in := new(fakeInbox)
+		r := newRig(t, nil, WithInbox(in))
+		failures := 0
+		in.onDone = func(*Envelope) error {
+			if failures++; failures <= 30 {
+				return errTest
+			}
+			return nil
+		}
+		synctest.Wait()
+		r.deliver(t, "evt_1", "case_1")
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		expectList(t, "called", r.called(), "evt_1")
+		expectEqual(t, "store failures", r.count(StoreFailed), 30)
+		expectEqual(t, "handled", r.count(Handled), 1)
+		expectList(t, "in the store", in.pending())
+	})
+}
+
+// TestInboxLost: the store is another's now. Refuse, cancel what runs, start nothing, and say so.
+func TestInboxLost(t *testing.T) {
+	lost := fmt.Errorf("taken over: %w", ErrClosed)
+	for _, test := range []struct {
+		name string
+		lose func(r *rig, in *fakeInbox)
+	}{
+		{"Claim", func(r *rig, in *fakeInbox) {
+			in.change(func() { in.onClaim = func(context.Context, *Envelope) error { return lost } })
+			_, _ = r.Deliver(context.Background(), eventBody("evt_claim", "case_claim"))
+		}},
+		{"Pending", func(r *rig, in *fakeInbox) {
+			in.change(func() { in.onPending = func(int) error { return lost } })
+			time.Sleep(11 * time.Second)
+		}},
+		{"Done", func(r *rig, in *fakeInbox) {
+			in.change(func() { in.onDone = func(*Envelope) error { return lost } })
+			time.Sleep(31 * time.Second) // until evt_short ends
+		}},
+	} {
+		inBubble(t, test.name, func(t *testing.T) {
+			in := new(fakeInbox)
+			r := newRig(t, func(ctx context.Context, env *Envelope) error {
+				if env.EventID == "evt_short" {
+					select {
+					case <-time.After(30 * time.Second):
+						return nil
+					case <-ctx.Done():
+					}
+				}
+				<-ctx.Done()
+				return ctx.Err()
+			}, WithInbox(in), WithConcurrency(2))
+			p := serve(t, &http.Server{Handler: r})
+			synctest.Wait()
+			for _, id := range []string{"evt_running", "evt_short", "evt_ready"} {
+				r.deliver(t, id, id)
+				synctest.Wait()
+			}
+			test.lose(r, in)
+			synctest.Wait()
+			claims := 0
+			in.change(func() { in.onClaim = func(context.Context, *Envelope) error { claims++; return lost } })
+			conn := p.dial(t)
+			body := string(eventBody("evt_new", "case_new"))
+			send(t, conn, post(body, len(body)))
+			resp := readAnswer(t, conn)
+			expectEqual(t, "status", resp.StatusCode, 503)
+			expectEqual(t, "Retry-After", resp.Header.Get("Retry-After"), "1")
+			time.Sleep(time.Hour)
+			synctest.Wait()
+			expectEqual(t, "claims after that", claims, 0)
+			expectList(t, "called", r.called(), "evt_running", "evt_short")
+			expectList(t, "evt_running", r.outcomes("evt_running"), Accepted, Unfinished)
+			expectList(t, "evt_ready", r.outcomes("evt_ready"), Accepted)
+			if r.count(StoreFailed) == 0 {
+				t.Error("the observer was not told")
+			}
+			for _, o := range r.observed {
+				if o.Outcome == StoreFailed && !errors.Is(o.Err, ErrClosed) {
+					t.Errorf("told %v", o.Err)
+				}
+			}
+			if err := r.Shutdown(t.Context()); err != nil {
+				t.Error(err)
+			}
+			for _, id := range []string{"evt_running", "evt_short", "evt_ready"} {
+				if !slices.Contains(in.pending(), id) {
+					t.Errorf("%s is no longer in the store", id)
+				}
+			}
+		})
+	}
+}
+
+// TestInboxShutdown waits for what runs, and leaves the rest to the next instance.
+func TestInboxShutdown(t *testing.T) {
+	inBubble(t, "drains what runs", func(t *testing.T) {
+		in := new(fakeInbox)
+		r := newRig(t, func(_ context.Context, env *Envelope) error {
+			time.Sleep(time.Minute)
+			if env.EventID == "evt_1" {
+				return errTest
+			}
+			return nil
+		}, WithInbox(in), WithConcurrency(2))
+		synctest.Wait()
+		for i := range 6 {
+			r.deliver(t, fmt.Sprint("evt_", i), fmt.Sprint("case_", i%3))
+			synctest.Wait()
+		}
+		start := time.Now()
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		expectEqual(t, "took", time.Since(start), time.Minute)
+		expectList(t, "called", r.called(), "evt_0", "evt_1")
+		expectList(t, "evt_0", r.outcomes("evt_0"), Accepted, Handled)
+		expectList(t, "evt_1", r.outcomes("evt_1"), Accepted, Unfinished) // it failed, and there is no time to try again
+		expectEqual(t, "unfinished", r.count(Unfinished), 1)
+		expectList(t, "in the store", in.pending(), "evt_1", "evt_2", "evt_3", "evt_4", "evt_5")
+
+		in.pendings = nil
+		next := newRig(t, nil, WithInbox(in), WithConcurrency(1))
+		time.Sleep(time.Minute)
+		expectList(t, "called by the next", next.called(), "evt_1", "evt_2", "evt_3", "evt_4", "evt_5")
+		expectList(t, "then in the store", in.pending())
+	})
+
+	inBubble(t, "at its deadline", func(t *testing.T) {
+		in := new(fakeInbox)
+		r := newRig(t, func(ctx context.Context, _ *Envelope) error { <-ctx.Done(); return ctx.Err() },
+			WithInbox(in), WithConcurrency(2))
+		synctest.Wait()
+		for i := range 5 {
+			r.deliver(t, fmt.Sprint("evt_", i), fmt.Sprint("case_", i))
+			synctest.Wait()
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := r.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Shutdown: %v", err)
+		}
+		synctest.Wait()
+		expectEqual(t, "unfinished", r.count(Unfinished), 2)
+		for _, id := range []string{"evt_0", "evt_1"} {
+			expectList(t, id, r.outcomes(id), Accepted, Unfinished)
+		}
+		expectEqual(t, "in the store", len(in.pending()), 5)
+		expectEqual(t, "goroutines left", ourGoroutines(), 0)
+	})
+}
+
+// TestInboxGaveUp: an event that was given up comes back after its rest, or by a redelivery.
+func TestInboxGaveUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := new(fakeInbox)
+		r := newRig(t, func(context.Context, *Envelope) error { return errTest }, WithInbox(in), WithRetry(2, time.Second))
+		synctest.Wait()
+		r.deliver(t, "evt_1", "case_1")
+		time.Sleep(9 * time.Minute)
+		expectEqual(t, "attempts before the rest is over", len(r.times("evt_1")), 2)
+		time.Sleep(2 * time.Minute)
+		expectEqual(t, "attempts after it", len(r.times("evt_1")), 4)
+		r.deliver(t, "evt_1", "case_1")
+		time.Sleep(time.Minute)
+		expectEqual(t, "attempts after a redelivery", len(r.times("evt_1")), 6)
+		expectEqual(t, "gave up", r.count(GaveUp), 3)
+	})
+}
+
+// TestInboxOrder: promises 1, 3 and 5 with a store as the queue, for many schedules: readings that fail or take long,
+// claims that take long, a Done that fails, a small backlog.
+func TestInboxOrder(t *testing.T) {
+	for seed := range uint64(300) {
+		synctest.Test(t, func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(seed, 3))
+			plan := newPlan(rng, 60)
+			watch := newOrderWatch()
+			in := &fakeInbox{goesOn: seed%2 == 0}
+			late := *plan
+			late.cases = nil
+			for _, ids := range plan.cases { // the first of each case were there before
+				n := rng.IntN(len(ids)+1) / 3
+				for _, id := range ids[:n] {
+					in.events = append(in.events, &inboxEvent{id: id, raw: plan.body(id)})
+				}
+				late.cases = append(late.cases, ids[n:])
+			}
+			before := len(in.events)
+			var mu sync.Mutex
+			chance := func(n int, most time.Duration) bool {
+				mu.Lock()
+				hit, pause := rng.IntN(n) == 0, time.Duration(rng.Int64N(int64(most)))
+				mu.Unlock()
+				if hit {
+					time.Sleep(pause)
+				}
+				return hit
+			}
+			in.onClaim = func(context.Context, *Envelope) error { chance(3, 4*time.Second); return nil }
+			in.onYield = func(int, string) { chance(4, 800*time.Millisecond) }
+			in.onPending = func(int) error {
+				if chance(4, time.Second) {
+					return errTest
+				}
+				return nil
+			}
+			in.onDone = func(*Envelope) error {
+				if chance(5, time.Second) {
+					return errTest
+				}
+				return nil
+			}
+			concurrency, backlog := 1+rng.IntN(4), 1+rng.IntN(6)
+			r := newRig(t, func(_ context.Context, env *Envelope) error { return watch.run(t, plan, env) },
+				WithInbox(in), WithConcurrency(concurrency), WithBacklog(backlog), WithRetry(5, 100*time.Millisecond))
+			senders := rand.New(rand.NewPCG(seed, 4))
+			late.deliver(t, senders, func(body []byte) (bool, error) { return r.Deliver(t.Context(), body) })
+			time.Sleep(time.Hour)
+			synctest.Wait()
+			watch.check(t, plan)
+			expectEqual(t, "handled", r.count(Handled), 60)
+			expectList(t, "in the store", in.pending())
+			if t.Failed() {
+				t.Fatalf("seed %d: %d before, concurrency %d, backlog %d", seed, before, concurrency, backlog)
+			}
+		})
+	}
+}
+
+// TestMemory is the contract of Memory: what it remembers, how long, and how much of it.
+func TestMemory(t *testing.T) {
+	claim := func(t *testing.T, m *Memory, id string) bool {
+		t.Helper()
+		fresh, err := m.Claim(t.Context(), &Envelope{EventID: id})
+		if err != nil {
+			t.Errorf("Claim(%s): %v", id, err)
+		}
+		return fresh
+	}
+	done := func(t *testing.T, m *Memory, id string, result error) {
+		t.Helper()
+		if err := m.Done(t.Context(), &Envelope{EventID: id}, result); err != nil {
+			t.Errorf("Done(%s): %v", id, err)
+		}
+	}
+	handle := func(t *testing.T, m *Memory, id string) {
+		t.Helper()
+		expectEqual(t, "first claim of "+id, claim(t, m, id), true)
+		done(t, m, id, nil)
+	}
+
+	inBubble(t, "zero value", func(t *testing.T) {
+		var m Memory
+		expectEqual(t, "first claim", claim(t, &m, "a"), true)
+		expectEqual(t, "while it is being handled", claim(t, &m, "a"), false)
+		expectEqual(t, "another id", claim(t, &m, "A"), true)
+		done(t, &m, "a", nil)
+		expectEqual(t, "once handled", claim(t, &m, "a"), false)
+		done(t, &m, "A", errTest)
+		expectEqual(t, "once given up", claim(t, &m, "A"), true)
+		time.Sleep(24*time.Hour - time.Millisecond)
+		expectEqual(t, "within a day", claim(t, &m, "a"), false)
+		time.Sleep(time.Millisecond)
+		expectEqual(t, "after a day", claim(t, &m, "a"), true)
+		expectEqual(t, "being handled for a day", claim(t, &m, "A"), false)
+	})
+
+	inBubble(t, "a claim that is not held", func(t *testing.T) {
+		var m Memory
+		done(t, &m, "a", nil)
+		expectEqual(t, "never granted", claim(t, &m, "a"), true)
+		done(t, &m, "a", nil)
+		done(t, &m, "a", errTest)
+		expectEqual(t, "given up once handled", claim(t, &m, "a"), false)
+	})
+
+	inBubble(t, "TTL", func(t *testing.T) {
+		m := Memory{TTL: time.Hour}
+		for i := range 100 {
+			handle(t, &m, fmt.Sprint(i))
+			time.Sleep(time.Minute)
+		}
+		for i := range 100 { // 0 was handled 100 minutes ago, 99 a minute ago
+			expectEqual(t, fmt.Sprint(i, " again"), claim(t, &m, fmt.Sprint(i)), i <= 40)
+		}
+	})
+
+	inBubble(t, "Limit", func(t *testing.T) {
+		m := Memory{Limit: 10}
+		expectEqual(t, "first claim", claim(t, &m, "held"), true)
+		for i := range 100 {
+			handle(t, &m, fmt.Sprint(i))
+		}
+		expectEqual(t, "an id being handled", claim(t, &m, "held"), false)
+		for i := 91; i < 100; i++ {
+			expectEqual(t, fmt.Sprint(i, " again"), claim(t, &m, fmt.Sprint(i)), false)
+		}
+		expectEqual(t, "the oldest", claim(t, &m, "90"), true)
+	})
+
+	inBubble(t, "Limit below what is being handled", func(t *testing.T) {
+		m := Memory{Limit: 10}
+		for i := range 100 {
+			claim(t, &m, fmt.Sprint(i))
+		}
+		for i := range 100 {
+			expectEqual(t, fmt.Sprint(i, " again"), claim(t, &m, fmt.Sprint(i)), false)
+			done(t, &m, fmt.Sprint(i), nil)
+		}
+		expectEqual(t, "the last", claim(t, &m, "99"), false)
+	})
+
+	t.Run("at once", func(t *testing.T) {
+		const ids, times = 1000, 100
+		var m Memory
+		var fresh atomic.Int32
+		var claimers sync.WaitGroup
+		for range times {
+			claimers.Go(func() {
+				for i := range ids {
+					if claim(t, &m, fmt.Sprint(i)) {
+						fresh.Add(1)
+						done(t, &m, fmt.Sprint(i), nil)
+					}
+				}
+			})
+		}
+		claimers.Wait()
+		expectEqual(t, "fresh", fresh.Load(), ids)
+	})
+}
+
+// TestMemorySize: under 64 bytes for each of a million ids, also when others have gone again, and nothing in them that
+// a collection would have to walk.
+func TestMemorySize(t *testing.T) {
+	const ids = 1_000_000
+	heap := func() (bytes, scanned uint64) {
+		runtime.GC()
+		runtime.GC() // pools let go with the second
+		var stats runtime.MemStats
+		runtime.ReadMemStats(&stats)
+		scan := []metrics.Sample{{Name: "/gc/scan/heap:bytes"}}
+		metrics.Read(scan)
+		return stats.HeapAlloc, scan[0].Value.Uint64()
+	}
+	var m Memory
+	bytesBefore, scannedBefore := heap()
+	n := 0
+	for _, upTo := range []int{ids, ids + ids/4, ids + ids/2} {
+		for ; n < upTo; n++ {
+			env := Envelope{EventID: fmt.Sprint("evt_", n)}
+			if fresh, _ := m.Claim(t.Context(), &env); !fresh {
+				t.Fatalf("%s is not new", env.EventID)
+			}
+			_ = m.Done(t.Context(), &env, nil)
+		}
+		bytes, scanned := heap()
+		if each := float64(int64(bytes-bytesBefore)) / ids; each >= 64 {
+			t.Errorf("%.1f bytes an id after %d of them", each, n)
+		}
+		if each := float64(int64(scanned-scannedBefore)) / ids; each > 1 {
+			t.Errorf("%.1f bytes an id for the collector to walk after %d of them", each, n)
+		}
+	}
+	if fresh, _ := m.Claim(t.Context(), &Envelope{EventID: fmt.Sprint("evt_", n-ids)}); fresh {
+		t.Error("an id within the limit is forgotten")
+	}
+}
+
+// TestIDSet compares idSet with a map and a slice, for many random histories.
+func TestIDSet(t *testing.T) {
+	type entry struct {
+		id digest
+		at time.Time
+	}
+	for seed := range uint64(100) {
+		rng := rand.New(rand.NewPCG(seed, 5))
+		var set idSet
+		var order []entry
+		in := make(map[digest]bool)
+		now := time.UnixMilli(1774131900000)
+		most := 1 + rng.IntN(5000)
+		spread := 1 + rng.IntN(2*most)
+		pick := func() (d digest) {
+			binary.BigEndian.PutUint64(d[:], uint64(rng.IntN(spread)))
+			return d
+		}
+		forget := func() {
+			delete(in, order[0].id)
+			order = order[1:]
+		}
+		for range 20_000 {
+			now = now.Add(time.Duration(rng.IntN(3)) * time.Millisecond)
+			switch d := pick(); {
+			case rng.IntN(200) == 0:
+				then := now.Add(-time.Duration(rng.IntN(2*most)) * time.Millisecond)
+				set.expire(then)
+				for len(order) > 0 && !order[0].at.After(then) {
+					forget()
+				}
+			case len(order) >= most:
+				set.drop()
+				forget()
+			default:
+				set.add(d, now)
+				if !in[d] { // to add an id again does not renew it
+					in[d] = true
+					order = append(order, entry{d, now})
+				}
+			}
+			if d := pick(); set.has(d) != in[d] {
+				t.Fatalf("seed %d: has(%x) = %v, want %v, of %d", seed, d, set.has(d), in[d], len(order))
+			}
+			if set.len() != len(order) {
+				t.Fatalf("seed %d: %d ids, want %d", seed, set.len(), len(order))
+			}
+		}
+		for len(order) > 0 {
+			oldest := order[0].id
+			set.drop()
+			forget()
+			if set.has(oldest) || set.len() != len(order) || len(order) > 0 && !set.has(order[0].id) {
+				t.Fatalf("seed %d: %x did not go first", seed, oldest)
+			}
+		}
+	}
+}
+
+// FuzzHandler: whatever comes in gets an answer of the table, and costs nothing else when that is a refusal.
+func FuzzHandler(f *testing.F) {
+	for _, pattern := range []string{"testdata/*.json", "testdata/hostile/*"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			f.Fatalf("%s: %d files, %v", pattern, len(files), err)
+		}
+		for _, file := range files {
+			body, err := os.ReadFile(file)
+			if err != nil {
+				f.Fatal(err)
+			}
+			f.Add("POST", "application/json", body)
+		}
+	}
+	f.Add("GET", "", []byte{})
+	f.Add("post", "text/json; a=b", []byte("{}"))
+	f.Add("POST", "application/+json", []byte(`{"event_id":"\u0065vt","event_id\u0000":1}`))
+	f.Fuzz(func(t *testing.T, method, contentType string, body []byte) {
+		const limit = 2048
+		var ran []*Envelope
+		r := newRig(t, func(_ context.Context, env *Envelope) error {
+			ran = append(ran, env)
+			return nil
+		}, WithMaxBodyBytes(limit))
+		serve := func() int {
+			w := httptest.NewRecorder()
+			r.ServeHTTP(w, &http.Request{
+				Method: method, URL: new(url.URL), Header: http.Header{"Content-Type": {contentType}},
+				Body: io.NopCloser(bytes.NewReader(body)), ContentLength: -1,
+			})
+			if w.Code >= 300 && (w.Body.Len() == 0 || w.Body.Len() > 120) || w.Code < 300 && w.Body.Len() > 0 {
+				t.Errorf("%d with the body %q", w.Code, w.Body)
+			}
+			return w.Code
+		}
+		status := serve()
+		again := serve()
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		want := 0
+		switch {
+		case method != "POST":
+			want = 405
+		case len(body) > limit:
+			want = 413
+		}
+		switch {
+		case status == 202 && want == 0:
+			expectEqual(t, "the second time", again, 200)
+			if len(ran) != 1 || !bytes.Equal(ran[0].Raw, body) || !json.Valid(body) {
+				t.Errorf("%d callbacks for %q", len(ran), body)
+			}
+			expectEqual(t, "handled", r.count(Handled), 1)
+			return
+		case want == 0 && (status == 400 || status == 415), status == want, want == 413 && status == 415:
+			expectEqual(t, "the second time", again, status)
+		default:
+			t.Errorf("status %d", status)
+		}
+		expectList(t, "callbacks", r.called())
+		expectList(t, "store", r.store.noted())
+		told := r.observations("")
+		if len(told) != 2 || told[0].Outcome != Refused || told[0].Err == nil || !bytes.HasPrefix(body, told[0].Body) {
+			t.Errorf("observed %v", told)
+		}
+	})
+}
+
+// benchBody makes events for a benchmark, each of another case, by changing digits in a prepared body.
+type benchBody struct {
+	body   []byte
+	digits [][]byte
+}
+
+// newBenchBody returns a body with head in front of it.
+func newBenchBody(b *testing.B, head func(length int) string) *benchBody {
+	const caseID = "4fc5904d-0e44-4ed3-aa57-c4a47ad0ae4f" // of the fixture
+	body, err := fs.ReadFile(Fixtures, "testdata/case_completed_b.json")
+	if err != nil {
+		b.Error(err)
+	}
+	body = append([]byte(head(len(body))), body...)
+	made := &benchBody{body: body}
+	for at := 0; ; {
+		i := bytes.Index(body[at:], []byte(caseID))
+		if i < 0 {
+			break
+		}
+		made.digits = append(made.digits, body[at+i:at+i+16])
+		at += i + len(caseID)
+	}
+	if len(made.digits) != 2 {
+		b.Errorf("the fixture has its caseId %d times, want in event_id and data", len(made.digits))
+	}
+	return made
+}
+
+// number makes the body that of the nth event.
+func (m *benchBody) number(n uint64) {
+	for _, digits := range m.digits {
+		for i, left := len(digits)-1, n; i >= 0; i-- {
+			digits[i] = '0' + byte(left%10)
+			left /= 10
+		}
+	}
+}
+
+// contender is a handler to be compared. drain returns when everything that it took is handled.
+type contender struct {
+	name string
+	make func(handled func(c *CaseCompleted)) (handler http.Handler, drain func())
+}
+
+var contenders = []contender{
+	// The bare floor: read the body, answer.
+	{"floor", func(func(*CaseCompleted)) (http.Handler, func()) {
+		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			if _, err := io.Copy(io.Discard, req.Body); err != nil {
+				w.WriteHeader(http.StatusBadRequest)
+				return
+			}
+			w.WriteHeader(http.StatusAccepted)
+		}), func() {}
+	}},
+	// What one writes by hand: no retry, no order, no bound, no end to what is remembered.
+	{"by-hand", func(handled func(*CaseCompleted)) (http.Handler, func()) {
+		var seen sync.Map
+		var running sync.WaitGroup
+		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			body, err := io.ReadAll(req.Body)
+			var env Envelope
+			if err == nil {
+				err = json.Unmarshal(body, &env)
+			}
+			var payload CaseCompleted
+			if err == nil {
+				err = json.Unmarshal(env.Data, &payload)
+			}
+			if err != nil {
+				w.WriteHeader(http.StatusBadRequest)
+				return
+			}
+			if _, known := seen.LoadOrStore(env.EventID, struct{}{}); known {
+				w.WriteHeader(http.StatusOK)
+				return
+			}
+			running.Go(func() { handled(&payload) })
+			w.WriteHeader(http.StatusAccepted)
+		}), running.Wait
+	}},
+	{"ours", func(handled func(*CaseCompleted)) (http.Handler, func()) {
+		r := Handler(Callbacks{CaseCompleted: func(_ context.Context, _ *Envelope, c *CaseCompleted) error {
+			handled(c)
+			return nil
+		}})
+		return r, func() { _ = r.Shutdown(context.Background()) }
+	}},
+}
+
+// compare runs send for each contender, with the drain in the time, and reports the time of ours as a share of that of
+// the others.
+func compare(b *testing.B, send func(b *testing.B, handler http.Handler)) {
+	each := make(map[string]float64)
+	for _, c := range contenders {
+		b.Run(c.name, func(b *testing.B) {
+			var handled atomic.Int64
+			handler, drain := c.make(func(payload *CaseCompleted) {
+				if payload.CaseID != "" {
+					handled.Add(1)
+				}
+			})
+			b.ReportAllocs()
+			send(b, handler)
+			drain()
+			b.StopTimer()
+			if c.name != "floor" && handled.Load() != int64(b.N) {
+				b.Errorf("%d of %d events handled", handled.Load(), b.N)
+			}
+			each[c.name] = float64(b.Elapsed()) / float64(b.N)
+			if c.name == "ours" && each["by-hand"] > 0 && each["floor"] > 0 {
+				b.ReportMetric(each["ours"]/each["by-hand"], "time/by-hand")
+				b.ReportMetric(each["ours"]/each["floor"], "time/floor")
+			}
+		})
+	}
+}
+
+// benchWriter is a ResponseWriter that costs next to nothing.
+type benchWriter struct {
+	header http.Header
+	status int
+}
+
+func (w *benchWriter) Header() http.Header         { return w.header }
+func (w *benchWriter) Write(p []byte) (int, error) { return len(p), nil }
+func (w *benchWriter) WriteHeader(status int)      { w.status = status }
+
+// BenchmarkInProcess is what a receiver costs without the network: events of different cases, one after the other.
+func BenchmarkInProcess(b *testing.B) {
+	compare(b, func(b *testing.B, handler http.Handler) {
+		event := newBenchBody(b, func(int) string { return "" })
+		reader := new(bytes.Reader)
+		req := &http.Request{
+			Method: "POST", URL: new(url.URL), Header: http.Header{"Content-Type": {"application/json"}},
+			Body: io.NopCloser(reader), ContentLength: int64(len(event.body)),
+		}
+		w := &benchWriter{header: make(http.Header)}
+		b.ResetTimer()
+		for n := range uint64(b.N) { // not b.Loop, which would leave the drain out of the time
+			event.number(n)
+			reader.Reset(event.body)
+			handler.ServeHTTP(w, req)
+			if w.status != http.StatusAccepted {
+				b.Fatalf("status %d", w.status)
+			}
+		}
+	})
+}
+
+// BenchmarkLoopback sends over 32 connections that are kept alive. The clients are as cheap as they can be, so that what
+// is left to compare is the server.
+func BenchmarkLoopback(b *testing.B) {
+	const clients = 32
+	compare(b, func(b *testing.B, handler http.Handler) {
+		srv := httptest.NewServer(handler)
+		defer srv.Close()
+		var conns []net.Conn
+		for range clients {
+			conn, err := net.Dial("tcp", srv.Listener.Addr().String())
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer conn.Close()
+			conns = append(conns, conn)
+		}
+		var next atomic.Uint64
+		var sending sync.WaitGroup
+		b.ResetTimer()
+		for _, conn := range conns {
+			sending.Go(func() {
+				event := newBenchBody(b, func(length int) string { return post("", length) })
+				answers := bufio.NewReader(conn)
+				for n := next.Add(1); n <= uint64(b.N); n = next.Add(1) {
+					event.number(n)
+					if _, err := conn.Write(event.body); err != nil {
+						b.Error(err)
+						return
+					}
+					status, err := answers.ReadSlice('\n')
+					if err != nil || !bytes.Contains(status, []byte(" 202 ")) {
+						b.Errorf("answer %q, %v", status, err)
+						return
+					}
+					for line := status; len(line) > 2 && err == nil; { // to the empty line: a 202 has no body
+						line, err = answers.ReadSlice('\n')
+					}
+				}
+			})
+		}
+		sending.Wait()
+	})
 }
