@@ -123,8 +123,9 @@ func digestOf(id string) digest {
 // pointer per id for the garbage collector to follow.
 type idSet struct {
 	ids     map[digest]struct{}
-	queue   []idTime
-	dropped uint64 // how many have left the queue: queue[i] is the id of number dropped+i
+	queue   [][]idTime // idBlock to a block, so that a queue that grows holds no room for as much again
+	head    int        // how many of the first block have been dropped
+	dropped uint64     // how many have been in all
 }
 
 type idTime struct {
@@ -132,11 +133,19 @@ type idTime struct {
 	at int64 // Unix milliseconds
 }
 
-func (s *idSet) len() int { return len(s.queue) }
+const idBlock = 1024
+
+func (s *idSet) len() int { return len(s.ids) }
 
 func (s *idSet) has(d digest) bool {
 	_, found := s.ids[d]
 	return found
+}
+
+// nth returns the nth oldest id, from 0.
+func (s *idSet) nth(n int) idTime {
+	n += s.head
+	return s.queue[n/idBlock][n%idBlock]
 }
 
 // add adds d unless it is in the set.
@@ -148,21 +157,29 @@ func (s *idSet) add(d digest, at time.Time) {
 		s.ids = make(map[digest]struct{})
 	}
 	s.ids[d] = struct{}{}
-	s.queue = append(s.queue, idTime{d, at.UnixMilli()})
+	last := len(s.queue) - 1
+	if last < 0 || len(s.queue[last]) == idBlock {
+		s.queue = append(s.queue, make([]idTime, 0, idBlock))
+		last++
+	}
+	s.queue[last] = append(s.queue[last], idTime{d, at.UnixMilli()})
 }
 
 // expire drops what was added at or before then.
 func (s *idSet) expire(then time.Time) {
-	for len(s.queue) > 0 && s.queue[0].at <= then.UnixMilli() {
+	for s.len() > 0 && s.nth(0).at <= then.UnixMilli() {
 		s.drop()
 	}
 }
 
 // drop drops the oldest id.
 func (s *idSet) drop() {
-	delete(s.ids, s.queue[0].id)
-	s.queue = s.queue[1:]
+	delete(s.ids, s.nth(0).id)
 	s.dropped++
+	if s.head++; s.head == idBlock {
+		s.queue[0] = nil
+		s.queue, s.head = s.queue[1:], 0
+	}
 }
 
 // Journal is the Inbox for one process with a local disk: an append-only text file in a directory of its own, a record
@@ -288,9 +305,10 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 		defer j.mu.Unlock()
 		return false, j.closed
 	case c != nil && c.group != nil:
+		g := c.group
 		j.mu.Unlock()
-		<-c.group.synced
-		return false, c.group.err
+		<-g.synced
+		return false, g.err
 	case c != nil || j.done.has(d):
 		defer j.mu.Unlock()
 		if err := j.owns(); err != nil || c == nil || c.gaveUp == 0 {
@@ -722,7 +740,7 @@ func (j *Journal) copySome(dst *copying, all bool) (more bool, err error) {
 	var buf []byte
 	for more = true; more && err == nil && len(buf) < 1<<17; {
 		if dst.ids = max(dst.ids, j.done.dropped); dst.ids < j.done.dropped+uint64(j.done.len()) {
-			id := j.done.queue[dst.ids-j.done.dropped]
+			id := j.done.nth(int(dst.ids - j.done.dropped))
 			dst.ids++
 			buf = appendRecord(buf, "sha256", quote(hex.EncodeToString(id.id[:])), id.at, nil)
 			continue

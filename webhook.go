@@ -721,14 +721,15 @@ func (r *Receiver) finish(t *task, o Observation) {
 		if o.Outcome == GaveUp {
 			t.result = o.Err
 		}
+		r.mu.Lock()
 		t.ended = true
+		r.mu.Unlock()
+		r.observe(t.ctx, o)
+		r.record(t)
+		return
 	}
 	r.observe(t.ctx, o)
-	if t.ended {
-		r.record(t)
-	} else {
-		r.settle(t, true)
-	}
+	r.settle(t, true)
 }
 
 // record tells the store how t ended. If that fails it is tried again, never the callback.
@@ -804,7 +805,7 @@ func (r *Receiver) forget(t *task) {
 // checkWake asks for a reading of the inbox when there is room again: half of the backlog, so that a long inbox is not
 // read anew for every event. mu is held.
 func (r *Receiver) checkWake() {
-	if r.behind && !r.reading && len(r.room) <= r.backlog/2 {
+	if r.behind && !r.reading && !r.closed && len(r.room) <= r.backlog/2 {
 		select {
 		case r.wake <- struct{}{}:
 		default:
