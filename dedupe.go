@@ -184,7 +184,7 @@ func (s *idSet) drop() {
 
 // Journal is the Inbox for one process with a local disk: an append-only text file in a directory of its own, a record
 // a line: a checksum (CRC-32C in hex), a space, and JSON. {"id":…,"at":…,"event":…} is a claim with the body as it was
-// received, or "base64" where that has line breaks; {"done":…,"at":…} is its end; times are Unix milliseconds.
+// received, or "base64" where that has line breaks or white space around it; {"done":…,"at":…} is its end; times are Unix milliseconds.
 // Compaction keeps of a finished event {"sha256":…,"at":…}, the first half of the hash of its id, and ends the copy with
 // {"copied":…}.
 //
@@ -536,7 +536,7 @@ func (j *Journal) owns() error {
 	}
 	gens, err := j.generations()
 	if err != nil {
-		return err
+		return fmt.Errorf("offloadhook: journal: %w", err)
 	}
 	if !slices.Contains(gens, j.gen) || gens[len(gens)-1] != j.top {
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
@@ -619,9 +619,10 @@ func (j *Journal) load(top int) error {
 			c := j.claims[rec.id]
 			switch err = readErr; rec.kind {
 			case "id":
-				if c == nil {
-					j.add(&claim{id: rec.id, file: j.file, off: rec.off, size: rec.size})
+				if c != nil {
+					j.end(c) // it was refused after all, and has been claimed again
 				}
+				j.add(&claim{id: rec.id, file: j.file, off: rec.off, size: len(rec.line) + 1})
 			case "done", "sha256":
 				if c != nil {
 					j.end(c)
@@ -751,9 +752,12 @@ func (j *Journal) copySome(dst *copying, all bool) (more bool, err error) {
 		}
 		dst.claims, c.copied = c.seq, dst.size+int64(len(buf))
 		rec, damage := j.read(c)
-		if buf = append(buf, rec.line...); damage != nil && c.ended {
+		switch {
+		case damage == nil:
+			buf = append(append(buf, rec.line...), '\n')
+		case c.ended:
 			j.reports = append(j.reports, damage)
-		} else {
+		default:
 			err = damage
 		}
 	}
@@ -766,7 +770,7 @@ func (j *Journal) copySome(dst *copying, all bool) (more bool, err error) {
 type record struct {
 	off   int64
 	size  int
-	line  []byte
+	line  []byte // without its line break
 	kind  string // the name of the first member of its JSON; "" if it is damaged
 	id    digest
 	at    int64 // Unix milliseconds
@@ -790,7 +794,7 @@ func appendRecord(buf []byte, kind string, quoted []byte, at int64, event []byte
 	buf = append(append(buf, "00000000 {\""...), kind...)
 	buf = append(append(buf, "\":"...), quoted...)
 	buf = strconv.AppendInt(append(buf, `,"at":`...), at, 10)
-	if bytes.IndexByte(event, '\n') >= 0 {
+	if bytes.IndexByte(event, '\n') >= 0 || len(bytes.TrimSpace(event)) < len(event) {
 		buf = append(base64.StdEncoding.AppendEncode(append(buf, `,"base64":"`...), event), '"')
 	} else if event != nil {
 		buf = append(append(buf, `,"event":`...), event...)
@@ -811,7 +815,7 @@ func parseRecord(line []byte) (rec record) {
 		return record{}
 	}
 	rec.size = min(end+1, len(line))
-	rec.line = line[:rec.size]
+	rec.line = line[:end]
 	for name, value := range members(line[9:end]) {
 		switch string(name) {
 		case "at":

@@ -150,7 +150,8 @@ func decode[T any](env *Envelope) (*T, error) {
 	err := json.Unmarshal(env.Data, payload)
 	if mismatch := (*json.UnmarshalTypeError)(nil); errors.As(err, &mismatch) {
 		kind, _, _ := strings.Cut(mismatch.Value, " ") // "number 12" would quote the payload
-		return nil, fmt.Errorf("offloadhook: data does not fit: %s is a JSON %s, want %s", mismatch.Field, kind, mismatch.Type)
+		field := strings.TrimPrefix(mismatch.Field, "Case.")
+		return nil, fmt.Errorf("offloadhook: data does not fit: %s is a JSON %s, want %s", field, kind, mismatch.Type)
 	}
 	if err != nil {
 		return nil, errors.New("offloadhook: data does not decode")
@@ -158,14 +159,14 @@ func decode[T any](env *Envelope) (*T, error) {
 	return payload, nil
 }
 
-// caseID returns the caseId of the event's data, "" where there is none.
-func (env *Envelope) caseID() string {
+// caseID returns the caseId of the event's data, "" where there is none. As in encoding/json, the last one counts.
+func (env *Envelope) caseID() (id string) {
 	for name, value := range members(env.Data) {
 		if string(name) == "caseId" {
-			return text(value)
+			id = text(value)
 		}
 	}
-	return ""
+	return id
 }
 
 // parse fills env from body. It looks for the few members by hand, because decoding into a struct would read the body

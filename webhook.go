@@ -149,7 +149,7 @@ func (r *Receiver) Shutdown(ctx context.Context) error {
 	r.mu.Lock()
 	r.closed = true
 	if r.inbox != nil {
-		r.drop()
+		r.drop(false)
 	}
 	r.checkDrained()
 	r.mu.Unlock()
@@ -703,10 +703,7 @@ func (r *Receiver) finish(t *task, o Observation) {
 	r.mu.Unlock()
 	switch {
 	case o.Outcome == Retrying && dead: // abandon has reported it
-		if r.inbox == nil {
-			_ = r.done(t.ctx, t, ErrClosed)
-		}
-		r.settle(t, true)
+		r.settle(t, false)
 		return
 	case o.Outcome == Retrying && draining && r.inbox != nil:
 		o.Outcome = Unfinished // the inbox keeps it
@@ -745,16 +742,17 @@ func (r *Receiver) record(t *task) {
 // number, no room: it holds back the later events of its case and nothing else. mu is not held.
 func (r *Receiver) settle(t *task, over bool) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	r.running--
-	if over || r.alive.Err() != nil {
+	dead := r.alive.Err() != nil
+	switch {
+	case over || dead:
 		r.forget(t)
 		if t.next != nil {
 			r.makeReady(t.next)
 		} else if t.caseID != "" {
 			delete(r.tails, t.caseID)
 		}
-	} else {
+	default:
 		pause := jitter(r.backoff, t.attempt, longestRest)
 		if t.ended {
 			pause = jitter(storeRest, t.records, sweepEvery)
@@ -776,6 +774,10 @@ func (r *Receiver) settle(t *task, over bool) {
 	r.start()
 	r.checkDrained()
 	r.checkWake()
+	r.mu.Unlock()
+	if dead && !over && !t.ended && r.inbox == nil {
+		_ = r.done(t.ctx, t, ErrClosed) // abandon came between; it has reported t
+	}
 }
 
 // jitter returns a rest after the nth failure: first, doubled with each, up to limit, and a quarter more or less.
@@ -824,14 +826,15 @@ func (r *Receiver) checkDrained() {
 	}
 }
 
-// drop takes out of memory what does not run. mu is held.
-func (r *Receiver) drop() (dropped []*task) {
-	r.ready, r.arrivals = nil, nil
+// drop takes out of memory what does not run; unless all is true, not what only waits for its end to be recorded. mu is
+// held.
+func (r *Receiver) drop(all bool) (dropped []*task) {
+	r.ready, r.arrivals = slices.DeleteFunc(r.ready, func(t *task) bool { return all || !t.ended }), nil
 	clear(r.tails)
 	for _, t := range r.tasks {
-		switch t.state {
-		case deciding:
-		case running:
+		switch {
+		case t.state == deciding:
+		case t.state == running, t.ended && !all:
 			if t.next = nil; t.caseID != "" {
 				r.tails[t.caseID] = t
 			}
@@ -855,13 +858,11 @@ func (r *Receiver) abandon(reason error) {
 	}
 	r.closed = true
 	r.cancel(ErrClosed)
-	left := r.drop()
-	if r.inbox != nil {
-		left = nil // it keeps them
-	}
+	// What has ended was handled or given up, and that its Done failed was reported. An inbox keeps what waits.
+	left := slices.DeleteFunc(r.drop(true), func(t *task) bool { return t.ended || r.inbox != nil })
 	waiting := len(left)
 	for _, t := range r.tasks {
-		if t.state == running {
+		if t.state == running && !t.ended {
 			left = append(left, t)
 		}
 	}
@@ -870,9 +871,6 @@ func (r *Receiver) abandon(reason error) {
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
 	for i, t := range left {
-		if t.ended { // it was handled, or given up; that Done failed was reported
-			continue
-		}
 		if i < waiting {
 			_ = r.done(ctx, t, ErrClosed)
 		}
