@@ -1,0 +1,516 @@
+// Package pginbox is an offloadhook.Inbox on PostgreSQL that several replicas share.
+//
+// Each open Inbox is an owner. It shows that it lives by a session that holds an advisory lock: when its process dies,
+// the connection breaks, the lock is free, and another owner takes over its events. A slow owner keeps the lock, and
+// its events, however long its callbacks take. A lock that is free is not taken for a death at once, but after five
+// looks, a second apart, because a restart of the database frees all of them: meanwhile the living take theirs again.
+//
+// The events of a case that has unfinished ones go to the owner of those, whichever replica received them, so that they
+// run in order; that is why Claim may answer "not fresh", and the sender get a 200, for an event that is new. Forward
+// brings it to the receiver that it belongs to.
+package pginbox
+
+import (
+	"context"
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"offloadhook"
+)
+
+const (
+	forwardEvery = 200 * time.Millisecond // between looks for events that other replicas have received for this one
+	tidyEvery    = time.Second            // between looks for dead owners and expired rows
+	deathLooks   = 5                      // that find an owner's lock free, one after the other, for it to be dead
+	timeout      = 5 * time.Second        // for a statement of the session that holds the lock
+	pageSize     = 64                     // events read at once: a body may have a megabyte
+)
+
+// The first halves of the keys of advisory locks, chosen so as not to meet those of other programs. An owner's lock has
+// the table's oid there, and the owner as its second half, because owners are numbered by table.
+const (
+	caseLocks  = 0x6f66_666c // second half: a hash of the case. One claim at a time decides who owns it
+	claimsLock = 0x6f66_666d // second half: 0. Shared by claims, exclusive for giving events another owner
+)
+
+// lockOf finds the rows of pg_locks for the locks of owners. $1 is the table.
+const lockOf = `granted AND locktype = 'advisory' AND classid = $1 AND objsubid = 2
+	AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`
+
+//go:embed schema.sql
+var schema string
+
+// Inbox is an offloadhook.Inbox. Open makes it. Its methods are safe for concurrent use.
+type Inbox struct {
+	pool      *pgxpool.Pool
+	table     uint32 // its oid
+	owner     int32
+	retention time.Duration
+	tidyEvery time.Duration
+	stop      context.CancelFunc
+	stopped   chan struct{} // closed when the session has ended for good
+
+	handing sync.Mutex // held while events are handed to the receiver, so that Pending has those or follows them
+
+	mu      sync.Mutex    // protects what follows
+	alive   chan struct{} // closed while the lock is held
+	deliver deliverFunc
+	called  bool // Pending has brought back what was given up
+}
+
+// deliverFunc is the type of (*offloadhook.Receiver).Deliver.
+type deliverFunc = func(ctx context.Context, body []byte) (fresh bool, err error)
+
+var _ offloadhook.Inbox = (*Inbox)(nil)
+
+// Open connects to the database at url, creates the table where it is missing, in the first schema of the search_path,
+// and returns a new owner. Rows of events that are done are deleted after retention; 0 means 30 days. It refuses a
+// database that would acknowledge what it can lose. Close the Inbox after the receiver's Shutdown.
+func Open(ctx context.Context, url string, retention time.Duration) (*Inbox, error) {
+	return open(ctx, url, retention, tidyEvery)
+}
+
+func open(ctx context.Context, url string, retention, tidyEvery time.Duration) (*Inbox, error) {
+	if retention <= 0 {
+		retention = 30 * 24 * time.Hour
+	}
+	pool, err := pgxpool.New(ctx, url)
+	if err != nil {
+		return nil, fmt.Errorf("pginbox: %w", err)
+	}
+	in := &Inbox{
+		pool:      pool,
+		retention: retention,
+		tidyEvery: tidyEvery,
+		stopped:   make(chan struct{}),
+		alive:     make(chan struct{}),
+	}
+	if err := in.prepare(ctx); err != nil {
+		pool.Close()
+		return nil, fmt.Errorf("pginbox: %w", err)
+	}
+	session, stop := context.WithCancel(context.Background())
+	in.stop = stop
+	go in.live(session)
+	if err := in.living(ctx); err != nil {
+		in.Close()
+		return nil, err
+	}
+	return in, nil
+}
+
+func (in *Inbox) prepare(ctx context.Context) error {
+	var encoding, fsync, commit string
+	err := in.pool.QueryRow(ctx, `SELECT current_setting('server_encoding'), current_setting('fsync'),
+		current_setting('synchronous_commit')`).Scan(&encoding, &fsync, &commit)
+	switch {
+	case err != nil:
+		return err
+	case encoding != "UTF8":
+		return fmt.Errorf("the database's encoding is %s, which cannot hold every event_id: want UTF8", encoding)
+	case fsync == "off" || commit == "off":
+		return fmt.Errorf("fsync is %s, synchronous_commit %s: the database would lose what it acknowledged", fsync, commit)
+	}
+	// Replicas that start at once must not create the table at once.
+	_, err = in.pool.Exec(ctx, fmt.Sprintf("SELECT pg_advisory_xact_lock(%d, 1); %s", claimsLock, schema))
+	if err != nil {
+		return err
+	}
+	return in.pool.QueryRow(ctx, `SELECT 'offload_events'::regclass::oid, nextval('offload_owners')`).Scan(
+		&in.table, &in.owner)
+}
+
+// Close ends the owner. What it has not finished, others take over, or the next one that opens.
+func (in *Inbox) Close() error {
+	in.stop()
+	<-in.stopped
+	in.pool.Close()
+	return nil
+}
+
+// Forward sets what takes the events that other replicas have received for this one: the Deliver of the receiver that
+// uses the Inbox. Without it, they wait for the next reading of Pending, as do those of dead owners.
+func (in *Inbox) Forward(deliver deliverFunc) {
+	in.mu.Lock()
+	in.deliver = deliver
+	in.mu.Unlock()
+}
+
+// Ready returns nil when the Inbox can take events, an error when ctx ends before that.
+func (in *Inbox) Ready(ctx context.Context) error { return in.living(ctx) }
+
+// forwarded marks the context of what Forward delivers, with the Inbox as its value.
+type forwarded struct{}
+
+// Claim stores the event, and reports whether it is new and this owner's to handle now.
+func (in *Inbox) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bool, err error) {
+	if err := in.living(ctx); err != nil {
+		return false, err
+	}
+	if ctx.Value(forwarded{}) == in {
+		err := in.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM offload_events WHERE event_id = $1 AND owner = $2)`,
+			env.EventID, in.owner).Scan(&fresh)
+		return fresh, err
+	}
+	caseID := caseOf(env)
+	alike := env.EventID
+	if caseID != nil {
+		alike = *caseID
+	}
+	// A batch is one round trip and one transaction. The locks are a statement of their own because a statement sees the
+	// rows that had been there when it began.
+	var batch pgx.Batch
+	batch.Queue(`SELECT pg_advisory_xact_lock_shared($1, 0), pg_advisory_xact_lock($2, hashtext($3))`,
+		claimsLock, caseLocks, alike)
+	batch.Queue(`
+		INSERT INTO offload_events AS e (event_id, case_id, body, owner, handed)
+		SELECT $1, $2, $3, coalesce(c.owner, $4), coalesce(c.owner = $4 AND c.handed, true)
+		FROM (SELECT max(owner) AS owner, bool_and(handed) AS handed
+			FROM offload_events WHERE case_id = $2 AND owner IS NOT NULL) AS c
+		ON CONFLICT (event_id) DO UPDATE
+			SET case_id = excluded.case_id, body = excluded.body, owner = excluded.owner, handed = excluded.handed,
+				seq = DEFAULT, claimed_at = now(), gave_up_at = NULL
+			WHERE e.gave_up_at IS NOT NULL
+		RETURNING handed`, env.EventID, caseID, env.Raw, in.owner).QueryRow(func(row pgx.Row) error {
+		if err := row.Scan(&fresh); !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+		return nil
+	})
+	if err := in.pool.SendBatch(ctx, &batch).Close(); err != nil {
+		return false, err
+	}
+	return fresh, nil
+}
+
+// caseOf returns the caseId of an event as a text that PostgreSQL can hold, nil where there is none.
+func caseOf(env *offloadhook.Envelope) *string {
+	var data struct {
+		CaseID string `json:"caseId"`
+	}
+	if err := json.Unmarshal(env.Data, &data); err != nil || data.CaseID == "" {
+		return nil
+	}
+	id := strings.ReplaceAll(data.CaseID, "\x00", "\ufffd")
+	return &id
+}
+
+// Done records the end of an event, if it is still this owner's.
+func (in *Inbox) Done(ctx context.Context, env *offloadhook.Envelope, result error) error {
+	end := `UPDATE offload_events SET owner = NULL, done_at = now(), body = NULL WHERE event_id = $1 AND owner = $2`
+	if result != nil {
+		end = `UPDATE offload_events SET owner = NULL, gave_up_at = now() WHERE event_id = $1 AND owner = $2`
+	}
+	_, err := in.pool.Exec(ctx, end, env.EventID, in.owner)
+	return err
+}
+
+// Pending yields this owner's events; those of the dead become its own every second. Where Forward is in use, it leaves
+// out what that has yet to deliver.
+func (in *Inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, error] {
+	return func(yield func(*offloadhook.Envelope, error) bool) {
+		if err := in.living(ctx); err != nil {
+			yield(nil, err)
+			return
+		}
+		if err := in.revive(ctx); err != nil {
+			yield(nil, err)
+			return
+		}
+		// The bound makes it a snapshot; pages, because it may be left early, with megabytes to come.
+		var last, end int64
+		if err := in.pool.QueryRow(ctx, `SELECT coalesce(max(seq), 0) FROM offload_events WHERE owner = $1`,
+			in.owner).Scan(&end); err != nil {
+			yield(nil, err)
+			return
+		}
+		for last < end {
+			page, err := in.page(ctx, last, end)
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			for _, e := range page {
+				if env, err := offloadhook.ParseEnvelope(e.body); !yield(env, err) {
+					return
+				}
+				last = e.seq
+			}
+			if len(page) < pageSize {
+				return
+			}
+		}
+	}
+}
+
+type event struct {
+	seq    int64
+	id     string
+	caseID *string
+	handed bool
+	body   []byte
+}
+
+func (in *Inbox) page(ctx context.Context, last, end int64) ([]event, error) {
+	in.handing.Lock()
+	defer in.handing.Unlock()
+	in.mu.Lock()
+	all := in.deliver == nil
+	in.mu.Unlock()
+	rows, _ := in.pool.Query(ctx, `SELECT seq, event_id, case_id, handed, body FROM offload_events
+		WHERE owner = $1 AND seq > $2 AND seq <= $3 AND (handed OR $4) ORDER BY seq LIMIT $5`,
+		in.owner, last, end, all, pageSize)
+	page, err := pgx.CollectRows(rows, scanEvent)
+	if err != nil {
+		return nil, err
+	}
+	var fresh []string
+	for _, e := range page {
+		if !e.handed {
+			fresh = append(fresh, e.id)
+		}
+	}
+	return page, in.markHanded(ctx, in.pool, fresh)
+}
+
+func scanEvent(row pgx.CollectableRow) (e event, err error) {
+	err = row.Scan(&e.seq, &e.id, &e.caseID, &e.handed, &e.body)
+	return e, err
+}
+
+// revive gives what was given up, and has rested, to the owner of its case, or to this one. All of it has rested when
+// an owner asks for the first time.
+func (in *Inbox) revive(ctx context.Context) error {
+	in.mu.Lock()
+	first := !in.called
+	in.mu.Unlock()
+	const rested = `gave_up_at IS NOT NULL AND ($1 OR gave_up_at <= now() - interval '10 minutes')`
+	var some bool
+	err := in.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM offload_events WHERE `+rested+`)`, first).Scan(&some)
+	if err == nil && some {
+		var batch pgx.Batch
+		batch.Queue(`SELECT pg_advisory_xact_lock($1, 0)`, claimsLock)
+		batch.Queue(`UPDATE offload_events AS e SET gave_up_at = NULL, handed = false, seq = DEFAULT, owner = coalesce((
+			SELECT max(o.owner) FROM offload_events AS o WHERE o.case_id = e.case_id AND o.owner IS NOT NULL), $2)
+			WHERE `+rested, first, in.owner)
+		err = in.pool.SendBatch(ctx, &batch).Close()
+	}
+	if err == nil {
+		in.mu.Lock()
+		in.called = true
+		in.mu.Unlock()
+	}
+	return err
+}
+
+// living waits until the lock is held: what this owner claimed without it would be taken for a dead one's.
+func (in *Inbox) living(ctx context.Context) error {
+	in.mu.Lock()
+	alive := in.alive
+	in.mu.Unlock()
+	select {
+	case <-alive:
+		return nil
+	default:
+	}
+	select {
+	case <-alive:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("pginbox: no session with the database: %w", ctx.Err())
+	}
+}
+
+// live holds the lock until ctx ends.
+func (in *Inbox) live(ctx context.Context) {
+	defer close(in.stopped)
+	for ctx.Err() == nil {
+		_ = in.session(ctx) // its error is that of the claims, too
+		in.mu.Lock()
+		select {
+		case <-in.alive:
+			in.alive = make(chan struct{})
+		default:
+		}
+		in.mu.Unlock()
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// session connects, takes the lock, and does what an owner has to do besides, until one of these fails.
+func (in *Inbox) session(ctx context.Context) error {
+	config := in.pool.Config().ConnConfig.Copy()
+	// A machine that vanishes does not close its connections: the server finds that out within 20 s.
+	config.RuntimeParams["tcp_keepalives_idle"] = "5"
+	config.RuntimeParams["tcp_keepalives_interval"] = "5"
+	config.RuntimeParams["tcp_keepalives_count"] = "3"
+	within, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	conn, err := pgx.ConnectConfig(within, config)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		closing, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		_ = conn.Close(closing)
+	}()
+	// Whoever holds the lock is an earlier session that broke without the server's notice, or an heir in the act.
+	_, err = conn.Exec(within, `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE objid = $2 AND `+lockOf,
+		in.table, in.owner)
+	if err != nil {
+		return err
+	}
+	if _, err := conn.Exec(within, `SELECT pg_advisory_lock($1, $2)`, int32(in.table), in.owner); err != nil {
+		return err
+	}
+	in.pool.Reset() // what broke this session may have broken others
+	in.mu.Lock()
+	close(in.alive)
+	in.mu.Unlock()
+
+	free := make(map[int32]int)
+	tick := time.NewTicker(forwardEvery)
+	defer tick.Stop()
+	var tidied time.Time
+	for {
+		if time.Since(tidied) >= in.tidyEvery {
+			tidied = time.Now()
+			if err := in.tidy(ctx, conn, free); err != nil {
+				return err
+			}
+		}
+		if err := in.forward(ctx, conn); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+}
+
+// tidy takes over from owners that were found dead deathLooks times in a row, as free counts them, and deletes rows
+// that have been done for as long as the retention.
+func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	rows, _ := conn.Query(ctx, `SELECT DISTINCT owner FROM offload_events WHERE owner IS NOT NULL AND owner NOT IN (
+		SELECT objid::bigint FROM pg_locks WHERE `+lockOf+`)`, in.table)
+	dead, err := pgx.CollectRows(rows, pgx.RowTo[int32])
+	if err != nil {
+		return err
+	}
+	maps.DeleteFunc(free, func(owner int32, _ int) bool { return !slices.Contains(dead, owner) })
+	for _, owner := range dead {
+		if owner == in.owner {
+			return errors.New("pginbox: the lock is lost")
+		}
+		if free[owner]++; free[owner] < deathLooks {
+			continue
+		}
+		// The lock is tried once more, and kept while its owner's events get another.
+		var batch pgx.Batch
+		batch.Queue(`SELECT pg_advisory_xact_lock($1, 0)`, claimsLock)
+		batch.Queue(`WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure)
+			UPDATE offload_events SET owner = $3, handed = false FROM dead WHERE owner = $2 AND sure`,
+			int32(in.table), owner, in.owner)
+		if err := conn.SendBatch(ctx, &batch).Close(); err != nil {
+			return err
+		}
+	}
+	_, err = conn.Exec(ctx, `DELETE FROM offload_events WHERE event_id IN (SELECT event_id FROM offload_events
+		WHERE done_at < now() - make_interval(secs => $1) LIMIT 1000 FOR UPDATE SKIP LOCKED)`, in.retention.Seconds())
+	return err
+}
+
+// forward delivers what other replicas have received for this one, or others had not finished when they died.
+func (in *Inbox) forward(ctx context.Context, conn *pgx.Conn) error {
+	in.mu.Lock()
+	deliver := in.deliver
+	in.mu.Unlock()
+	if deliver == nil {
+		return ping(ctx, conn)
+	}
+	for more := true; more; {
+		var err error
+		if more, err = in.hand(ctx, conn, deliver); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ping notices that the session is lost.
+func ping(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	return conn.Ping(ctx)
+}
+
+// hand delivers a page of events, and reports whether there may be another.
+func (in *Inbox) hand(ctx context.Context, conn *pgx.Conn, deliver deliverFunc) (more bool, err error) {
+	in.handing.Lock()
+	defer in.handing.Unlock()
+	within, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	rows, _ := conn.Query(within, `SELECT seq, event_id, case_id, handed, body FROM offload_events
+		WHERE owner = $1 AND NOT handed ORDER BY seq LIMIT $2`, in.owner, pageSize)
+	page, err := pgx.CollectRows(rows, scanEvent)
+	if err != nil {
+		return false, err
+	}
+	var handed []string
+	held := make(map[string]bool) // cases that have to wait
+	for _, e := range page {
+		if e.caseID != nil && held[*e.caseID] {
+			continue
+		}
+		fresh, err := deliver(context.WithValue(ctx, forwarded{}, in), e.body)
+		if errors.Is(err, offloadhook.ErrClosed) {
+			in.Forward(nil) // the receiver shuts down
+		}
+		if err != nil {
+			break
+		}
+		switch {
+		case fresh:
+			handed = append(handed, e.id)
+		case e.caseID != nil: // another delivery of the same event is on its way
+			held[*e.caseID] = true
+		}
+	}
+	return len(handed) == pageSize, in.markHanded(ctx, conn, handed)
+}
+
+func (in *Inbox) markHanded(ctx context.Context, db execer, ids []string) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	_, err := db.Exec(ctx, `UPDATE offload_events SET handed = true WHERE event_id = ANY($1) AND owner = $2`,
+		ids, in.owner)
+	return err
+}
+
+// execer is a connection or a pool of them.
+type execer interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+}

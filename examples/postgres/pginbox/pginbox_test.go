@@ -1,0 +1,406 @@
+package pginbox
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"offloadhook"
+	"offloadhook/examples/dedupetest"
+	"offloadhook/examples/postgres/internal/pgtest"
+)
+
+// The environment variable that tells a replica where the database is.
+const urlEnv = "PGINBOX_TEST_URL"
+
+func TestMain(m *testing.M) {
+	dedupetest.ServeReplica(func(cb offloadhook.Callbacks, opts ...offloadhook.Option) (
+		*offloadhook.Receiver, io.Closer, error) {
+		in, err := Open(context.Background(), os.Getenv(urlEnv), 0)
+		if err != nil {
+			return nil, nil, err
+		}
+		receiver := offloadhook.Handler(cb, append(opts, offloadhook.WithInbox(in))...)
+		in.Forward(receiver.Deliver)
+		return receiver, in, nil
+	})
+	if id := os.Getenv(hangEnv); id != "" {
+		hang(id)
+	}
+	os.Exit(pgtest.Main(m))
+}
+
+func TestContract(t *testing.T) {
+	dedupetest.Run(t, func(t *testing.T) dedupetest.Store {
+		url := pgtest.EmptySchema(t)
+		return dedupetest.Store{
+			Open: func() (offloadhook.Deduper, error) { return open(t.Context(), url, 0, soon) },
+			Kill: func(d offloadhook.Deduper) error { d.(*Inbox).die(); return nil },
+			Rest: func() error {
+				pgtest.Query[int](t, url, `UPDATE offload_events SET gave_up_at = gave_up_at - interval '10 minutes' RETURNING 0`)
+				return nil
+			},
+		}
+	})
+}
+
+// rounds returns how often the faults are brought about: as often as the environment variable OFFLOADHOOK_KILLS says.
+func rounds(t *testing.T, usual int) int {
+	text := os.Getenv("OFFLOADHOOK_KILLS")
+	if text == "" {
+		return usual
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestReplicas is three replicas behind a sender that takes them in turn.
+func TestReplicas(t *testing.T) {
+	// One is killed -9 every three seconds, and the database once.
+	t.Run("kills", func(t *testing.T) {
+		url := auditedDatabase(t)
+		const rate, every = 300, 3
+		kills := rounds(t, 5)
+		report := dedupetest.Replicas{
+			Env:        []string{urlEnv + "=" + url},
+			Count:      3,
+			Events:     max(5000, rate*every*(kills+1)),
+			Rate:       rate,
+			Duplicates: 0.2,
+			Handling:   200 * time.Millisecond,
+			KillEvery:  every * time.Second,
+			Disturb:    func() error { pgtest.Kill(); return pgtest.Start() },
+			Left:       func() (int, error) { return left(t, url), nil },
+			Patience:   time.Minute,
+		}.Run(t)
+		if report.Kills < kills || report.Reruns == 0 {
+			t.Errorf("%d kills and %d reruns: this has not tested what it should", report.Kills, report.Reruns)
+		}
+		checkAudit(t, url, report)
+	})
+	// None dies: the events of a case run in order, though each replica receives only every third.
+	t.Run("order", func(t *testing.T) {
+		url := auditedDatabase(t)
+		report := dedupetest.Replicas{
+			Env:        []string{urlEnv + "=" + url},
+			Count:      3,
+			Events:     5000,
+			Duplicates: 0.2,
+			Handling:   30 * time.Millisecond,
+			Left:       func() (int, error) { return left(t, url), nil },
+			Patience:   time.Minute,
+		}.Run(t)
+		checkAudit(t, url, report)
+	})
+}
+
+// auditedDatabase returns a database that notes every end of an event.
+func auditedDatabase(t *testing.T) (url string) {
+	url = pgtest.EmptySchema(t)
+	in, err := Open(t.Context(), url, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in.Close()
+	pgtest.Query[int](t, url, `
+		CREATE TABLE ends (event_id text);
+		CREATE FUNCTION note_end() RETURNS trigger LANGUAGE plpgsql AS $$
+			BEGIN INSERT INTO ends VALUES (NEW.event_id); RETURN NULL; END $$;
+		CREATE TRIGGER note_end AFTER UPDATE ON offload_events FOR EACH ROW WHEN (NEW.done_at IS NOT NULL)
+			EXECUTE FUNCTION note_end();
+		SELECT 0`)
+	return url
+}
+
+// checkAudit checks that of every acknowledged event one end was recorded.
+func checkAudit(t *testing.T, url string, report dedupetest.Report) {
+	t.Helper()
+	ends := pgtest.Query[string](t, url, `SELECT event_id FROM ends ORDER BY event_id COLLATE "C"`)
+	if !slices.Equal(ends, report.Acknowledged) {
+		t.Errorf("the ends of %d events are recorded, of which %d are different; %d are acknowledged",
+			len(ends), len(slices.Compact(slices.Clone(ends))), len(report.Acknowledged))
+	}
+}
+
+func left(t *testing.T, url string) int {
+	return pgtest.Query[int](t, url, `SELECT count(*) FROM offload_events WHERE done_at IS NULL`)[0]
+}
+
+// TestKilled kills a process in the middle of a callback: another runs the event.
+func TestKilled(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	heir := newReceiver(t, url, tidyEvery)
+	for i := range rounds(t, 1) {
+		id := fmt.Sprintf("evt_%d", i)
+		child := exec.Command(os.Args[0])
+		child.Env = append(os.Environ(), urlEnv+"="+url, hangEnv+"="+id)
+		child.Stderr = os.Stderr
+		stdout, err := child.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "running\n" {
+			t.Fatalf("the child says %q: %v", line, err)
+		}
+		_ = child.Process.Kill()
+		_ = child.Wait()
+		killed := time.Now()
+		heir.await(t, id)
+		t.Logf("taken over after %v", time.Since(killed).Round(100*time.Millisecond))
+	}
+}
+
+// hangEnv makes the test binary a process whose callback does not return; its value is the id of the event.
+const hangEnv = "PGINBOX_TEST_HANG"
+
+func hang(id string) {
+	in, err := Open(context.Background(), os.Getenv(urlEnv), 0)
+	if err != nil {
+		panic(err)
+	}
+	receiver := offloadhook.Handler(offloadhook.Callbacks{
+		Other: func(context.Context, *offloadhook.Envelope) error {
+			fmt.Println("running")
+			select {}
+		},
+	}, offloadhook.WithInbox(in))
+	if fresh, err := receiver.Deliver(context.Background(), newEvent(id, id).Raw); !fresh {
+		panic(err)
+	}
+	select {}
+}
+
+// TestSlow leaves an event unfinished for longer than it takes to find a dead owner: its owner keeps it.
+func TestSlow(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	slow, other := newInbox(t, url, never), newInbox(t, url, soon)
+	mustClaim(t, slow, "evt_slow", "case_1")
+	buryOne(t, url, other)
+	if got := pendingIDs(t, slow); !slices.Equal(got, []string{"evt_slow"}) {
+		t.Errorf("the slow owner has %q", got)
+	}
+}
+
+// TestSessionLost ends the session that holds an owner's lock: it takes the lock again, and keeps its events.
+func TestSessionLost(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	in, other := newInbox(t, url, never), newInbox(t, url, soon)
+	mustClaim(t, in, "evt_kept", "case_1")
+	for range 3 {
+		pgtest.Query[bool](t, url, `SELECT pg_terminate_backend(pid) FROM pg_locks
+			WHERE locktype = 'advisory' AND classid = $1 AND objid = $2`, in.table, in.owner)
+		buryOne(t, url, other)
+	}
+	mustClaim(t, in, "evt_more", "case_2")
+	if got := pendingIDs(t, in); !slices.Equal(got, []string{"evt_kept", "evt_more"}) {
+		t.Errorf("the owner has %q", got)
+	}
+}
+
+// buryOne lets an owner die, and returns when in has taken over from it, so it has looked for other dead as well.
+func buryOne(t *testing.T, url string, in *Inbox) {
+	t.Helper()
+	dead := newInbox(t, url, never)
+	id := fmt.Sprintf("evt_of_%d", dead.owner)
+	mustClaim(t, dead, id, id)
+	dead.die()
+	awaitPending(t, in, id)
+	mustDone(t, in, id, nil)
+}
+
+// TestOneOwnerPerCase gives the events of a case to the replica that has unfinished ones of it, in the order of their
+// claims.
+func TestOneOwnerPerCase(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	a, b := newInbox(t, url, never), newInbox(t, url, never)
+	mustClaim(t, a, "evt_1", "case")
+	for _, id := range []string{"evt_2", "evt_3"} {
+		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
+			t.Errorf("%s, at another replica than evt_1: %t, %v", id, fresh, err)
+		}
+	}
+	// At the replica that has evt_1, too, the next event has to wait until its receiver knows of those between.
+	if fresh, err := a.Claim(t.Context(), newEvent("evt_4", "case")); fresh || err != nil {
+		t.Errorf("evt_4, behind others that are not handed over: %t, %v", fresh, err)
+	}
+	if got := pendingIDs(t, b); len(got) > 0 {
+		t.Errorf("the other replica has %q", got)
+	}
+	var delivered []string
+	all := make(chan struct{})
+	a.Forward(func(ctx context.Context, body []byte) (bool, error) {
+		env, err := offloadhook.ParseEnvelope(body)
+		if err != nil {
+			return false, err
+		}
+		if delivered = append(delivered, env.EventID); len(delivered) == 3 {
+			close(all)
+		}
+		return a.Claim(ctx, env)
+	})
+	select {
+	case <-all:
+	case <-time.After(patience):
+		t.Fatal("nothing is forwarded")
+	}
+	if want := []string{"evt_2", "evt_3", "evt_4"}; !slices.Equal(delivered, want) {
+		t.Errorf("forwarded are %q, want %q", delivered, want)
+	}
+	for _, id := range []string{"evt_1", "evt_2", "evt_3", "evt_4"} {
+		mustDone(t, a, id, nil)
+	}
+	mustClaim(t, b, "evt_5", "case")
+}
+
+// TestDatabaseKilled kills the database in the middle of requests: they are refused while it is away, and what was
+// acknowledged is handled, once.
+func TestDatabaseKilled(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	r := newReceiver(t, url, tidyEvery)
+	web := httptest.NewServer(r)
+	defer web.Close()
+	post := func(id string) int {
+		resp, err := web.Client().Post(web.URL, "application/json", bytes.NewReader(newEvent(id, id).Raw))
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		resp.Body.Close()
+		return resp.StatusCode
+	}
+	for round := range rounds(t, 2) {
+		var senders sync.WaitGroup
+		var mu sync.Mutex // protects what follows
+		var acknowledged []string
+		var refused int
+		half := make(chan struct{})
+		for s := range 8 {
+			senders.Go(func() {
+				for i := 0; ; i++ {
+					id := fmt.Sprintf("evt_%d_%d_%d", round, s, i)
+					status := post(id)
+					mu.Lock()
+					switch status {
+					case http.StatusAccepted:
+						acknowledged = append(acknowledged, id)
+						if len(acknowledged) == 200 {
+							close(half)
+						}
+					case http.StatusServiceUnavailable:
+						refused++
+					default:
+						t.Errorf("%s: status %d", id, status)
+					}
+					enough := status != http.StatusAccepted
+					mu.Unlock()
+					if enough {
+						return
+					}
+				}
+			})
+		}
+		<-half
+		pgtest.Kill()
+		senders.Wait() // each has met a 503
+		if err := pgtest.Start(); err != nil {
+			t.Fatal(err)
+		}
+		last := fmt.Sprintf("evt_%d_last", round)
+		for start := time.Now(); post(last)/100 != 2; time.Sleep(20 * time.Millisecond) {
+			if time.Since(start) > patience {
+				t.Fatal("the database is back, and events are still refused")
+			}
+		}
+		r.await(t, append(acknowledged, last)...)
+		t.Logf("%d acknowledged, %d refused", len(acknowledged), refused)
+	}
+	for id, n := range r.counts() {
+		if n != 1 {
+			t.Errorf("the callback of %s ran %d times", id, n)
+		}
+	}
+}
+
+// TestRetention deletes the rows of events that have been done for long enough, and no others.
+func TestRetention(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	in := newInbox(t, url, soon)
+	mustClaim(t, in, "evt_old", "case_1")
+	mustDone(t, in, "evt_old", nil)
+	mustClaim(t, in, "evt_done", "case_2")
+	mustDone(t, in, "evt_done", nil)
+	mustClaim(t, in, "evt_open", "case_3")
+	mustClaim(t, in, "evt_failed", "case_4")
+	mustDone(t, in, "evt_failed", errors.New("failed"))
+	const bodies = `SELECT event_id FROM offload_events WHERE body IS NOT NULL ORDER BY event_id`
+	if got := pgtest.Query[string](t, url, bodies); !slices.Equal(got, []string{"evt_failed", "evt_open"}) {
+		t.Errorf("the bodies of %q are kept", got)
+	}
+	pgtest.Query[int](t, url, `UPDATE offload_events SET claimed_at = claimed_at - interval '30 days',
+		gave_up_at = gave_up_at - interval '30 days',
+		done_at = done_at - CASE event_id WHEN 'evt_old' THEN interval '30 days' ELSE interval '29 days' END RETURNING 0`)
+	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		got := pgtest.Query[string](t, url, `SELECT event_id FROM offload_events ORDER BY event_id`)
+		if slices.Equal(got, []string{"evt_done", "evt_failed", "evt_open"}) {
+			break
+		}
+		if time.Since(start) > patience {
+			t.Fatalf("left are %q", got)
+		}
+	}
+	if fresh, err := in.Claim(t.Context(), newEvent("evt_old", "case_1")); !fresh || err != nil {
+		t.Errorf("Claim of an event that is forgotten: %t, %v", fresh, err)
+	}
+}
+
+// TestOpen refuses databases that would lose what they acknowledge, and lets many replicas start at once.
+func TestOpen(t *testing.T) {
+	t.Run("many at once", func(t *testing.T) {
+		url := pgtest.EmptySchema(t)
+		var group sync.WaitGroup
+		for range 8 {
+			group.Go(func() {
+				in, err := Open(t.Context(), url, 0)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				in.Close()
+			})
+		}
+		group.Wait()
+	})
+	t.Run("no database", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		if in, err := Open(ctx, "postgres://test@127.0.0.1:1/postgres?sslmode=disable", 0); err == nil {
+			in.Close()
+			t.Error("no error")
+		}
+	})
+	t.Run("asynchronous commit", func(t *testing.T) {
+		url := pgtest.EmptySchema(t) + "&synchronous_commit=off"
+		if in, err := Open(t.Context(), url, 0); err == nil {
+			in.Close()
+			t.Error("no error")
+		}
+	})
+}
