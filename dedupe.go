@@ -115,7 +115,8 @@ func (m *Memory) shrink() {
 type digest [16]byte
 
 func digestOf(id string) digest {
-	sum := sha256.Sum256([]byte(id))
+	var room [255]byte // so that id need not be copied to the heap
+	sum := sha256.Sum256(append(room[:0], id...))
 	return digest(sum[:])
 }
 

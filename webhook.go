@@ -106,7 +106,7 @@ type Receiver struct {
 	tasks   map[string]*task // by event id: those being decided and those in memory
 	tails   map[string]*task // by case id: the last task of each case that has any; the first leads to it by next
 	ready   []*task          // those whose turn it is, in order
-	running int              // at most concurrency
+	running int              // goroutines that run tasks: at most concurrency
 	spared  int              // tasks that have failed and no longer take room: at most backlog
 
 	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
@@ -336,8 +336,8 @@ func (r *Receiver) read(w http.ResponseWriter, req *http.Request) (body []byte, 
 	// Without a body, an expiring deadline would cancel the request. Server.ReadTimeout has set one that may be stricter.
 	if req.Body != nil && req.Body != http.NoBody {
 		server, _ := req.Context().Value(http.ServerContextKey).(*http.Server)
-		if bounded = server == nil || server.ReadTimeout <= 0 || server.ReadTimeout > bodyTimeout; bounded {
-			_ = control.SetReadDeadline(time.Now().Add(bodyTimeout)) // recorders and wrappers may not support it
+		if server == nil || server.ReadTimeout <= 0 || server.ReadTimeout > bodyTimeout {
+			bounded = control.SetReadDeadline(time.Now().Add(bodyTimeout)) == nil // recorders do not support it
 		}
 	}
 	switch {
@@ -497,7 +497,7 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 		t.err = err
 		close(t.decided)
 	}()
-	ctx, cancel := context.WithTimeout(t.ctx, storeTimeout)
+	ctx, cancel := r.storeContext(t.ctx)
 	defer cancel()
 	fresh, err = r.store.Claim(ctx, &t.env)
 	if err != nil {
@@ -521,9 +521,18 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 	return fresh && err == nil, err
 }
 
+// storeContext bounds a call of the store, unless that never waits for its context.
+func (r *Receiver) storeContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	switch r.store.(type) {
+	case *Memory, *Journal:
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, storeTimeout)
+}
+
 // done ends the claim of t.
 func (r *Receiver) done(ctx context.Context, t *task, result error) error {
-	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	ctx, cancel := r.storeContext(ctx)
 	defer cancel()
 	err := r.store.Done(ctx, &t.env, result)
 	if err != nil {
@@ -615,22 +624,40 @@ func (r *Receiver) enqueue(t *task) {
 func (r *Receiver) makeReady(t *task) {
 	t.state = queued
 	r.ready = append(r.ready, t)
-	r.start()
+	if r.running < r.concurrency {
+		r.running++
+		go r.work()
+	}
 }
 
-// start runs what is ready, as far as concurrency allows. mu is held.
-func (r *Receiver) start() {
-	for len(r.ready) > 0 && r.running < r.concurrency {
+// work runs what is ready.
+func (r *Receiver) work() {
+	idle := false
+	defer func() {
+		if !idle { // a callback has called runtime.Goexit
+			go r.work()
+		}
+	}()
+	for {
+		r.mu.Lock()
+		if idle = len(r.ready) == 0; idle {
+			r.running--
+			r.checkDrained()
+			r.mu.Unlock()
+			return
+		}
 		t := r.ready[0]
 		r.ready[0] = nil
 		r.ready = r.ready[1:]
-		r.running++
 		t.state = running
-		if t.ended {
-			go r.record(t)
-		} else {
+		if !t.ended {
 			t.attempt++
-			go r.run(t)
+		}
+		r.mu.Unlock()
+		if t.ended {
+			r.record(t)
+		} else {
+			r.run(t)
 		}
 	}
 }
@@ -742,7 +769,6 @@ func (r *Receiver) record(t *task) {
 // number, no room: it holds back the later events of its case and nothing else. mu is not held.
 func (r *Receiver) settle(t *task, over bool) {
 	r.mu.Lock()
-	r.running--
 	dead := r.alive.Err() != nil
 	switch {
 	case over || dead:
@@ -771,7 +797,6 @@ func (r *Receiver) settle(t *task, over bool) {
 			}
 		})
 	}
-	r.start()
 	r.checkDrained()
 	r.checkWake()
 	r.mu.Unlock()
