@@ -2,6 +2,7 @@ package dedupetest
 
 import (
 	"errors"
+	"runtime"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -14,6 +15,16 @@ func TestMemory(t *testing.T) {
 	Run(t, func(*testing.T) Store {
 		memory := new(offloadhook.Memory)
 		return Store{Open: func() (offloadhook.Deduper, error) { return memory, nil }}
+	})
+}
+
+func TestJournal(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a journal that is open cannot be taken over on Windows")
+	}
+	Run(t, func(t *testing.T) Store {
+		dir := t.TempDir()
+		return Store{Open: func() (offloadhook.Deduper, error) { return offloadhook.OpenJournal(dir, 0) }}
 	})
 }
 
