@@ -12,6 +12,7 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -538,8 +539,9 @@ func TestHostileBodies(t *testing.T) {
 func TestBrokenOffBody(t *testing.T) {
 	body := string(eventBody("evt_1", "case_1"))
 	for name, request := range map[string]string{
-		"declared": post(body[:20], len(body)),
-		"chunked":  "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n14\r\n" + body[:20] + "\r\n",
+		"declared":   post(body[:20], len(body)),
+		"whole JSON": post(body, len(body)+1),
+		"chunked":    "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n14\r\n" + body[:20] + "\r\n",
 		"bad chunk": "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n14\r\n" + body[:20] +
 			"\r\nno number\r\n",
 	} {
@@ -560,8 +562,13 @@ func TestBrokenOffBody(t *testing.T) {
 			}
 			expectEqual(t, "status", readAnswer(t, conn).StatusCode, 400)
 			expectList(t, "store", r.store.noted())
-			expectList(t, "outcomes", r.outcomes(""), Refused)
-			expectEqual(t, "body observed", string(r.observations("")[0].Body), body[:20])
+			told := r.observations("")
+			if len(told) != 1 || told[0].Outcome != Refused {
+				t.Fatalf("observed %v", told)
+			}
+			if got := string(told[0].Body); !strings.HasPrefix(body, got) || len(got) < 20 {
+				t.Errorf("body observed: %q", got)
+			}
 		})
 	}
 }
@@ -782,8 +789,9 @@ func TestEarlyRefusal(t *testing.T) {
 func TestDeadlineIsOver(t *testing.T) {
 	body := string(eventBody("evt_1", "case_1"))
 	for name, request := range map[string]string{
-		"no body":     post("", 0),
-		"with a body": post(body, len(body)),
+		"no body":          post("", 0),
+		"refused, no body": "GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+		"with a body":      post(body, len(body)),
 	} {
 		inBubble(t, name, func(t *testing.T) {
 			r := newRig(t, nil)
@@ -1581,6 +1589,95 @@ func TestStoreFails(t *testing.T) {
 	})
 }
 
+// TestObservation: how long things took, which attempt it was, and in which context.
+func TestObservation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var observed []Observation
+		var mu sync.Mutex
+		store := &spyStore{onClaim: func(context.Context, *Envelope) error { time.Sleep(time.Second); return nil }}
+		attempts := 0
+		r := Handler(Callbacks{Other: func(context.Context, *Envelope) error {
+			time.Sleep(time.Minute)
+			if attempts++; attempts == 1 {
+				return errTest
+			}
+			return nil
+		}}, WithDeduper(store), WithRetry(2, time.Hour), WithObserver(func(ctx context.Context, o Observation) {
+			if ctx.Value(contextKey{}) != "v" {
+				t.Errorf("%s without the values of the delivery", o.Outcome)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			observed = append(observed, o)
+		}))
+		ctx := context.WithValue(t.Context(), contextKey{}, "v")
+		body := []byte(`{"event_id":"evt_1"}`)
+		if fresh, err := r.Deliver(ctx, body); !fresh || err != nil {
+			t.Fatal(fresh, err)
+		}
+		body[0] = 'X' // Deliver has a copy
+		if _, err := r.Deliver(ctx, body); !errors.Is(err, ErrMalformed) {
+			t.Errorf("%v, want %v", err, ErrMalformed)
+		}
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		want := []Observation{
+			{Outcome: Accepted, Elapsed: time.Second},
+			{Outcome: Refused},
+			{Outcome: Retrying, Attempt: 1, Elapsed: time.Minute},
+			{Outcome: Handled, Attempt: 2, Elapsed: time.Minute},
+		}
+		if len(observed) != len(want) {
+			t.Fatalf("observed %v", observed)
+		}
+		for i, o := range observed {
+			if o.Outcome != want[i].Outcome || o.Attempt != want[i].Attempt || o.Elapsed != want[i].Elapsed {
+				t.Errorf("observed %s, attempt %d, after %v; want %+v", o.Outcome, o.Attempt, o.Elapsed, want[i])
+			}
+			if o.Outcome != Refused && string(o.Body) != `{"event_id":"evt_1"}` {
+				t.Errorf("%s: body %q", o.Outcome, o.Body)
+			}
+		}
+	})
+}
+
+// TestDefaultObserver: problems go to the log, with what is needed to find them and nothing of the body.
+func TestDefaultObserver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		before := slog.Default()
+		defer slog.SetDefault(before)
+		slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
+		r := Handler(Callbacks{CaseCompleted: func(_ context.Context, env *Envelope, _ *CaseCompleted) error {
+			if env.EventID == "evt_bad" {
+				panic("oops")
+			}
+			return nil
+		}}, WithRetry(1, 0))
+		for _, body := range []string{string(eventBody("evt_good", "case_1")), `{"event_id":"evt_new","event_type":"case.new"}`} {
+			if fresh, err := r.Deliver(t.Context(), []byte(body)); !fresh || err != nil {
+				t.Fatal(fresh, err)
+			}
+		}
+		synctest.Wait()
+		expectEqual(t, "log without problems", log.String(), "")
+		_, _ = r.Deliver(t.Context(), eventBody("evt_bad", "case_secret"))
+		_, _ = r.Deliver(t.Context(), []byte("case_secret"))
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []string{string(GaveUp), "evt_bad", "oops", "TestDefaultObserver", string(Refused)} {
+			if !strings.Contains(log.String(), want) {
+				t.Errorf("the log lacks %q: %s", want, &log)
+			}
+		}
+		if strings.Contains(log.String(), "case_secret") {
+			t.Errorf("the log quotes the body: %s", &log)
+		}
+	})
+}
+
 // TestSameIDAtOnce: 1,000 ids, 100 deliveries of each: one callback for each (promise 3).
 func TestSameIDAtOnce(t *testing.T) {
 	const ids, times = 1000, 100
@@ -1738,6 +1835,48 @@ func TestShutdown(t *testing.T) {
 		expectEqual(t, "goroutines left", ourGoroutines(), 0)
 	})
 
+	inBubble(t, "passes its deadline before a claim is decided", func(t *testing.T) {
+		r := newRig(t, nil)
+		r.store.onClaim = func(context.Context, *Envelope) error { time.Sleep(2 * time.Second); return nil }
+		delivering := r.deliverAsync("evt_1", "case_1")
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := r.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Shutdown: %v", err)
+		}
+		if d := <-delivering; d.fresh || !errors.Is(d.err, ErrClosed) {
+			t.Errorf("the delivery: %v, %v, want false, %v", d.fresh, d.err, ErrClosed)
+		}
+		synctest.Wait()
+		expectList(t, "called", r.called())
+		expectList(t, "store", r.store.noted(), "claim evt_1", "done evt_1 "+ErrClosed.Error())
+	})
+
+	// The callback has failed, and before its rest begins there is no more time for one: the id must not stay claimed.
+	inBubble(t, "fails at the deadline", func(t *testing.T) {
+		r := &rig{store: new(spyStore)}
+		r.Receiver = Handler(Callbacks{Other: func(context.Context, *Envelope) error { return errTest }},
+			WithDeduper(r.store), WithObserver(func(ctx context.Context, o Observation) {
+				r.record(ctx, o)
+				if o.Outcome == Retrying {
+					time.Sleep(2 * time.Second)
+				}
+			}))
+		if fresh, err := r.Deliver(t.Context(), []byte(`{"event_id":"evt_1"}`)); !fresh || err != nil {
+			t.Fatal(fresh, err)
+		}
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := r.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Shutdown: %v", err)
+		}
+		time.Sleep(time.Minute)
+		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Retrying, Unfinished)
+		expectList(t, "store", r.store.noted(), "claim evt_1", "done evt_1 "+ErrClosed.Error())
+	})
+
 	inBubble(t, "twice, at once, and with nothing to do", func(t *testing.T) {
 		idle := newRig(t, nil)
 		over, cancel := context.WithCancel(t.Context())
@@ -1885,7 +2024,7 @@ type fakeInbox struct {
 	onDone    func(env *Envelope) error                      // an error is returned in place of recording
 	onPending func(call int) error                           // after the snapshot was taken; an error is yielded first
 	goesOn    bool                                           // after such an error, with the events
-	onYield   func(call int, id string)                      // before each event
+	onYield   func(call int, id string)                      // before each event, and with "" at the end
 
 	mu       sync.Mutex // protects what follows, and the functions above once a receiver has the store
 	events   []*inboxEvent
@@ -1978,6 +2117,9 @@ func (in *fakeInbox) Pending(context.Context) iter.Seq2[*Envelope, error] {
 				return
 			}
 		}
+		if onYield != nil {
+			onYield(call, "")
+		}
 	}
 }
 
@@ -2063,6 +2205,43 @@ func TestInboxStartsBehind(t *testing.T) {
 				t.Errorf("told %s, %v", o.Outcome, o.Err)
 			}
 		}
+	})
+
+	// What came while there was no room is in the store. What comes when there is some again must stay behind it.
+	inBubble(t, "room comes free in the middle", func(t *testing.T) {
+		in := new(fakeInbox)
+		release := make(map[string]chan struct{})
+		for _, id := range []string{"evt_a", "evt_b"} {
+			release[id] = make(chan struct{})
+		}
+		goOn := make(chan struct{})
+		in.onYield = func(call int, id string) {
+			if call == 2 && id == "" {
+				<-goOn
+			}
+		}
+		r := newRig(t, func(_ context.Context, env *Envelope) error {
+			if wait := release[env.EventID]; wait != nil {
+				<-wait
+			}
+			return nil
+		}, WithInbox(in), WithBacklog(2))
+		synctest.Wait()
+		r.deliver(t, "evt_a", "case_a")
+		synctest.Wait()
+		r.deliver(t, "evt_b", "case_b")
+		synctest.Wait()
+		r.deliver(t, "evt_1", "case_1") // finds no room
+		close(release["evt_a"])         // so the store is read, and evt_1 takes the room
+		synctest.Wait()
+		r.deliver(t, "evt_2", "case_1") // finds no room
+		close(release["evt_b"])
+		synctest.Wait()
+		r.deliver(t, "evt_3", "case_1") // finds some
+		close(goOn)
+		time.Sleep(time.Minute)
+		expectEqual(t, "readings", len(in.readings()) > 2, true)
+		expectList(t, "called", r.called(), "evt_a", "evt_b", "evt_1", "evt_2", "evt_3")
 	})
 
 	// A replayed event has no request: its context has no values, and its bytes are what was received.
@@ -2469,6 +2648,27 @@ func TestInboxShutdown(t *testing.T) {
 		time.Sleep(time.Minute)
 		expectList(t, "called by the next", next.called(), "evt_1", "evt_2", "evt_3", "evt_4", "evt_5")
 		expectList(t, "then in the store", in.pending())
+	})
+
+	// What was handled must not be handled again because it could not be recorded at once (promise 3).
+	inBubble(t, "records what has ended", func(t *testing.T) {
+		in := new(fakeInbox)
+		failures := 0
+		in.onDone = func(*Envelope) error {
+			if failures++; failures <= 3 {
+				return errTest
+			}
+			return nil
+		}
+		r := newRig(t, nil, WithInbox(in))
+		synctest.Wait()
+		r.deliver(t, "evt_1", "case_1")
+		synctest.Wait()
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		expectList(t, "called", r.called(), "evt_1")
+		expectList(t, "in the store", in.pending())
 	})
 
 	inBubble(t, "at its deadline", func(t *testing.T) {
@@ -2993,8 +3193,8 @@ func BenchmarkInProcess(b *testing.B) {
 	})
 }
 
-// BenchmarkLoopback sends over 32 connections that are kept alive. The clients are as cheap as they can be, so that what
-// is left to compare is the server.
+// BenchmarkLoopback sends over 32 connections that are kept alive. The clients are as cheap as they can be, so that the
+// servers are what is compared.
 func BenchmarkLoopback(b *testing.B) {
 	const clients = 32
 	compare(b, func(b *testing.B, handler http.Handler) {
