@@ -1,22 +1,33 @@
 package offloadhook
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 // diskMedium is a disk in memory that loses no less than a real one may: a process that dies leaves what it has written,
@@ -586,7 +597,11 @@ func journalTrial(t *testing.T, used, heavy bool, fault diskFault, crash journal
 	j := journalLife(m, d, "b", heavy)
 	if j != nil && !d.dead {
 		d.heal()
-		if extra := journalEvent("evt_extra", 0, 0); !m.claim(j, extra) && !m.claim(j, extra) {
+		extra, accepted := journalEvent("evt_extra", 0, 0), false
+		for try := 0; try < 2 && !accepted; try++ {
+			accepted = m.claim(j, extra)
+		}
+		if !accepted {
 			t.Error("the journal does not go on when the disk is sound again")
 		}
 		m.expectPending(j, false, false)
@@ -768,9 +783,8 @@ func TestRow09Compaction(t *testing.T) {
 
 // journalLine is a line of a journal as its documentation tells it.
 type journalLine struct {
-	off, end   int // of its JSON
-	id, done   string
-	event, raw []byte
+	off, end int // of its text, without the line break
+	id, done string
 }
 
 // journalLines reads a journal with encoding/json.
@@ -971,4 +985,1220 @@ func TestRow11DuplicateDuringFailingFsync(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestJournalChild is the process that other tests start, and kill.
+func TestJournalChild(t *testing.T) {
+	dir := os.Getenv("OFFLOADHOOK_DIR")
+	switch os.Getenv("OFFLOADHOOK_CHILD") {
+	case "":
+		return
+	case "serve":
+		journalServe(dir, os.Getenv("OFFLOADHOOK_HANDLED"))
+	case "fill":
+		journalFill(dir)
+	case "open":
+		_, err := OpenJournal(dir, 0)
+		fmt.Println("opened:", err)
+	}
+	os.Exit(0)
+}
+
+// journalServe serves events of a journal, with callbacks that append what they get to the file handled, until its
+// standard input ends.
+func journalServe(dir, handled string) {
+	journal, err := OpenJournal(dir, 0)
+	if errors.Is(err, ErrClosed) {
+		return // another was faster
+	}
+	journalMust(err)
+	out, err := os.OpenFile(handled, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	journalMust(err)
+	receiver := Handler(Callbacks{Other: func(_ context.Context, env *Envelope) error {
+		_, err := fmt.Fprintf(out, "%s %x\n", env.EventID, sha256.Sum256(env.Raw))
+		return err
+	}}, WithInbox(journal), WithConcurrency(4), WithBacklog(16), WithObserver(func(context.Context, Observation) {}))
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	journalMust(err)
+	server := &http.Server{Handler: receiver}
+	go func() { _ = server.Serve(listener) }()
+	fmt.Printf("ready http://%s\n", listener.Addr())
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	_ = server.Close()
+	journalMust(receiver.Shutdown(context.Background()))
+	_ = journal.Close()
+}
+
+// journalFill claims events until that fails three times, and prints those that were acknowledged.
+func journalFill(dir string) {
+	journal, err := OpenJournal(dir, 0)
+	journalMust(err)
+	for i, failed := 0, 0; failed < 3 && i < 10000; i++ {
+		env := journalEvent(fmt.Sprint("evt_", i), i, 100*i)
+		switch fresh, err := journal.Claim(context.Background(), env); {
+		case err != nil:
+			failed++
+			fmt.Println("refused:", err)
+		case fresh:
+			fmt.Println("acknowledged:", env.EventID)
+		}
+	}
+	for env, err := range journal.Pending(context.Background()) {
+		journalMust(err)
+		fmt.Println("pending:", env.EventID)
+	}
+}
+
+func journalMust(err error) {
+	if err != nil {
+		fmt.Println("failed:", err)
+		os.Exit(1)
+	}
+}
+
+// journalChild is a running TestJournalChild.
+type journalChild struct {
+	*exec.Cmd
+	stdin io.WriteCloser
+	lines *bufio.Scanner // of its standard output
+	url   string
+}
+
+// journalStart starts a child. wrap is the command that runs it, if any.
+func journalStart(t testing.TB, mode, dir, handled string, wrap ...string) *journalChild {
+	t.Helper()
+	args := append(wrap, os.Args[0], "-test.run=^TestJournalChild$")
+	c := &journalChild{Cmd: exec.Command(args[0], args[1:]...)}
+	c.Env = append(os.Environ(), "OFFLOADHOOK_CHILD="+mode, "OFFLOADHOOK_DIR="+dir, "OFFLOADHOOK_HANDLED="+handled)
+	c.Stderr = os.Stderr
+	stdin, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	c.stdin, c.lines = stdin, bufio.NewScanner(stdout)
+	return c
+}
+
+// ready waits until the child serves, and reports whether it does: it may have been killed before.
+func (c *journalChild) ready(t testing.TB) bool {
+	for c.lines.Scan() {
+		if url, found := strings.CutPrefix(c.lines.Text(), "ready "); found {
+			c.url = url
+			return true
+		}
+		t.Errorf("a child said %q", c.lines.Text())
+	}
+	return false
+}
+
+func (c *journalChild) kill() {
+	_ = c.Process.Kill()
+	_ = c.Wait()
+}
+
+// journalClients are senders that post events of a case each, one after the other, and never again.
+type journalClients struct {
+	client *http.Client
+	urls   atomic.Pointer[[]string] // where to post: to each in turn
+	stop   chan struct{}
+	done   sync.WaitGroup
+
+	mu    sync.Mutex // protects what follows
+	acked []string
+}
+
+func journalSend(n int) *journalClients {
+	s := &journalClients{stop: make(chan struct{})}
+	s.client = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: n}}
+	s.urls.Store(new([]string))
+	for c := range n {
+		s.done.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-s.stop:
+					return
+				default:
+				}
+				urls := *s.urls.Load()
+				if len(urls) == 0 {
+					time.Sleep(time.Millisecond) // a sender without a receiver
+					continue
+				}
+				if id := fmt.Sprintf("evt_%d_%06d", c, i); !s.post(urls[i%len(urls)], id) {
+					time.Sleep(time.Millisecond) // a sender that is refused has something else to do
+				}
+			}
+		})
+	}
+	return s
+}
+
+func journalBody(id string) string {
+	client, _, _ := strings.Cut(strings.TrimPrefix(id, "evt_"), "_")
+	return fmt.Sprintf("{\"event_id\": %q,\n \"data\": {\"caseId\":\"case_%s\"}} ", id, client)
+}
+
+// post reports whether the event was acknowledged.
+func (s *journalClients) post(url, id string) bool {
+	answer, err := s.client.Post(url, "application/json", strings.NewReader(journalBody(id)))
+	if err != nil {
+		return false
+	}
+	_, _ = io.Copy(io.Discard, answer.Body)
+	_ = answer.Body.Close()
+	if answer.StatusCode/100 != 2 {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.acked = append(s.acked, id)
+	return true
+}
+
+// expectHandled waits until every acknowledged event is in the file handled: unchanged, and in its case for the first time
+// in the order in which it was sent. It returns how many came more than once.
+func (s *journalClients) expectHandled(t *testing.T, handled string) (again int) {
+	t.Helper()
+	var missing []string
+	for range 600 {
+		content, _ := os.ReadFile(handled)
+		seen, last := make(map[string]bool), make(map[string]string)
+		again, missing = 0, nil
+		for line := range strings.Lines(string(content)) {
+			id, sum, _ := strings.Cut(strings.TrimSpace(line), " ")
+			if sum != fmt.Sprintf("%x", sha256.Sum256([]byte(journalBody(id)))) {
+				t.Fatalf("a callback got other bytes of %s", id)
+			}
+			if seen[id] {
+				again++
+				continue
+			}
+			seen[id] = true
+			if client, _, _ := strings.Cut(strings.TrimPrefix(id, "evt_"), "_"); id < last[client] {
+				t.Fatalf("%s was handled after %s", id, last[client])
+			} else {
+				last[client] = id
+			}
+		}
+		for _, id := range s.acked {
+			if !seen[id] {
+				missing = append(missing, id)
+			}
+		}
+		if len(missing) == 0 {
+			return again
+		}
+		time.Sleep(50 * time.Millisecond) // the child is at work
+	}
+	t.Fatalf("%d of %d acknowledged events were lost, such as %s", len(missing), len(s.acked), missing[0])
+	return again
+}
+
+// Processes are killed at random under load, one after the other, some while they open the journal. Every event that
+// got a 2xx reaches its callback.
+func TestRow01Kill(t *testing.T) {
+	dir, handled := filepath.Join(t.TempDir(), "journal"), filepath.Join(t.TempDir(), "handled")
+	rounds := journalCount(40, 1000)
+	senders := journalSend(8)
+	for round := range rounds {
+		child := journalStart(t, "serve", dir, handled)
+		if round%5 == 4 {
+			time.Sleep(time.Duration(rand.IntN(200)) * time.Millisecond) // until the kill, which is to come at any time
+		} else if child.ready(t) {
+			senders.urls.Store(&[]string{child.url})
+			time.Sleep(time.Duration(rand.IntN(80)) * time.Millisecond)
+		}
+		child.kill()
+		senders.urls.Store(new([]string))
+	}
+	close(senders.stop)
+	senders.done.Wait()
+	child := journalStart(t, "serve", dir, handled)
+	defer child.kill()
+	child.ready(t)
+	again := senders.expectHandled(t, handled)
+	t.Logf("%d rounds: %d events acknowledged, none lost, %d handled again", rounds, len(senders.acked), again)
+	if len(senders.acked) < rounds {
+		t.Errorf("only %d events were acknowledged", len(senders.acked))
+	}
+	if most := 5 * (rounds + 1); again > most {
+		t.Errorf("%d events were handled again, want at most those in hand at each kill: %d", again, most)
+	}
+}
+
+// A process takes the journal over from another, under load, and some of either are killed meanwhile. From then on the
+// other refuses. Every event that either acknowledged reaches a callback.
+func TestRow17Takeover(t *testing.T) {
+	dir, handled := filepath.Join(t.TempDir(), "journal"), filepath.Join(t.TempDir(), "handled")
+	rounds, taken := journalCount(20, 2000), 0
+	senders := journalSend(8)
+	current := journalStart(t, "serve", dir, handled)
+	for round := 0; taken < rounds; round++ {
+		if current.url == "" && !current.ready(t) {
+			t.Fatal("a child does not serve")
+		}
+		senders.urls.Store(&[]string{current.url})
+		next := journalStart(t, "serve", dir, handled)
+		switch round % 4 {
+		case 0: // it dies while it takes over, or a little before or after
+			time.Sleep(time.Duration(rand.IntN(150)) * time.Millisecond)
+			next.kill()
+			next = journalStart(t, "serve", dir, handled)
+		case 1: // the other dies meanwhile
+			time.Sleep(time.Duration(rand.IntN(150)) * time.Millisecond)
+			_ = current.Process.Kill()
+		}
+		if !next.ready(t) {
+			t.Fatal("a child does not serve")
+		}
+		taken++
+		senders.urls.Store(&[]string{current.url, next.url}) // some sender has not heard of it
+		if id := fmt.Sprintf("evt_probe%d_0", round); senders.post(current.url, id) {
+			t.Errorf("round %d: %s was acknowledged by a process that had lost the journal", round, id)
+		}
+		time.Sleep(time.Duration(rand.IntN(20)) * time.Millisecond)
+		if round%4 == 2 {
+			_ = current.stdin.Close() // it shuts down
+			_ = current.Wait()
+		} else {
+			current.kill()
+		}
+		current = next
+	}
+	close(senders.stop)
+	senders.done.Wait()
+	defer current.kill()
+	again := senders.expectHandled(t, handled)
+	t.Logf("%d takeovers: %d events acknowledged, none lost, %d handled again", taken, len(senders.acked), again)
+}
+
+// The receiver that has lost its journal refuses new events, starts no further callback, and tells the observer.
+func TestRow17LoserStops(t *testing.T) {
+	dir := t.TempDir()
+	first := journalOpen(t, dir)
+	release, started := make(chan struct{}), make(chan string, 100)
+	var mu sync.Mutex
+	var closed []Outcome
+	loser := Handler(Callbacks{Other: func(ctx context.Context, env *Envelope) error {
+		started <- env.EventID
+		<-release
+		return ctx.Err()
+	}}, WithInbox(first), WithConcurrency(2), WithObserver(func(_ context.Context, o Observation) {
+		mu.Lock()
+		defer mu.Unlock()
+		if errors.Is(o.Err, ErrClosed) {
+			closed = append(closed, o.Outcome)
+		}
+	}))
+	var want []string
+	for i := range 10 {
+		id := fmt.Sprint("evt_", i)
+		if fresh, err := loser.Deliver(t.Context(), journalEvent(id, 0, 0).Raw); !fresh || err != nil {
+			t.Fatal(fresh, err)
+		}
+		want = append(want, id)
+	}
+	second := journalOpen(t, dir)
+	answer := httptest.NewRecorder()
+	loser.ServeHTTP(answer, httptest.NewRequest("POST", "/", bytes.NewReader(journalEvent("evt_late", 0, 0).Raw)))
+	if answer.Code != http.StatusServiceUnavailable {
+		t.Errorf("a new event got %d, want 503", answer.Code)
+	}
+	close(release)
+	if err := loser.Shutdown(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if n := len(started); n > 2 {
+		t.Errorf("%d callbacks were started, want none besides the 2 that ran", n)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if !slices.Contains(closed, StoreFailed) || !slices.Contains(closed, Refused) {
+		t.Errorf("the observer was told of a closed journal only with %q", closed)
+	}
+	if got := journalPending(t, second); !slices.Equal(got, want) {
+		t.Errorf("the winner has %q, want %q", got, want)
+	}
+}
+
+// journalOpen opens a journal on the real disk.
+func journalOpen(t testing.TB, dir string) *Journal {
+	t.Helper()
+	j, err := OpenJournal(dir, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = j.Close() })
+	return j
+}
+
+// journalPending returns the ids of what j has to hand out.
+func journalPending(t testing.TB, j *Journal) (ids []string) {
+	t.Helper()
+	for env, err := range j.Pending(context.Background()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, env.EventID)
+	}
+	return ids
+}
+
+// Openers race for a directory, each claiming until it has lost it. What they were told is theirs is kept.
+func TestRow17OpenersRace(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "a", "journal")
+	for round := range journalCount(5, 100) {
+		var openers sync.WaitGroup
+		var acked sync.Map
+		for opener := range 8 {
+			openers.Go(func() {
+				j, err := OpenJournal(dir, 0)
+				if errors.Is(err, ErrClosed) {
+					return // another has taken it over meanwhile
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				for i := range 20 {
+					env := journalEvent(fmt.Sprintf("evt_%d_%d_%d", round, opener, i), i, 0)
+					if _, err := j.Claim(t.Context(), env); err == nil {
+						acked.Store(env.EventID, true)
+					} else if !errors.Is(err, ErrClosed) {
+						t.Error(err)
+					}
+				}
+				_ = j.Close()
+			})
+		}
+		openers.Wait()
+		j := journalOpen(t, dir)
+		pending := journalPending(t, j)
+		n := 0
+		for id := range acked.Range {
+			if n++; !slices.Contains(pending, id.(string)) {
+				t.Errorf("%s was acknowledged and is lost", id)
+			}
+		}
+		if n < 20 {
+			t.Errorf("round %d: %d events were acknowledged, want all 20 of the last opener at least", round, n)
+		}
+		for _, id := range pending {
+			_ = j.Done(t.Context(), &Envelope{EventID: id}, nil)
+		}
+		_ = j.Close()
+	}
+}
+
+// A real file may grow no longer: the process is under a file-size limit.
+func TestRow08FileSizeLimit(t *testing.T) {
+	if _, err := exec.LookPath("sh"); err != nil {
+		t.Skip("there is no shell that could set a limit:", err)
+	}
+	dir := t.TempDir()
+	child := journalStart(t, "fill", dir, "", "sh", "-c", `trap "" XFSZ; ulimit -f 64 && exec "$0" "$@"`)
+	said := make(map[string][]string)
+	for child.lines.Scan() {
+		word, rest, _ := strings.Cut(child.lines.Text(), ": ")
+		said[word] = append(said[word], rest)
+	}
+	_ = child.Wait()
+	acked := said["acknowledged"]
+	if len(acked) == 0 || len(said["refused"]) != 3 || len(said["failed"]) > 0 {
+		t.Fatalf("the child said %q", said)
+	}
+	for _, text := range said["refused"] {
+		if !strings.Contains(text, "write "+dir) {
+			t.Errorf("the error names no file and step: %s", text)
+		}
+	}
+	if !slices.Equal(said["pending"], acked) {
+		t.Errorf("in the child there were %q, want %q", said["pending"], acked)
+	}
+	j := journalOpen(t, dir)
+	if got := journalPending(t, j); !slices.Equal(got, acked) {
+		t.Errorf("there are %q, want %q", got, acked)
+	}
+	if fresh, err := j.Claim(t.Context(), journalEvent("evt_new", 0, 1<<20)); !fresh || err != nil {
+		t.Errorf("without the limit a new event got %v, %v", fresh, err)
+	}
+}
+
+// A real disk is full, and then no longer.
+func TestRow08SmallTmpfs(t *testing.T) {
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", dir).CombinedOutput(); err != nil {
+		t.Skipf("this machine lets the test mount no tmpfs: %v %s", err, out)
+	}
+	defer func() { _ = exec.Command("umount", "-l", dir).Run() }()
+	filler := filepath.Join(dir, "filler")
+	if err := os.WriteFile(filler, make([]byte, 128<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	j, err := OpenJournal(filepath.Join(dir, "journal"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newJournalModel(t)
+	refused := 0
+	for i := 0; refused < 5 && i < 1000; i++ {
+		if !m.claim(j, journalEvent(fmt.Sprint("evt_", i), i, 5000)) {
+			refused++
+		}
+	}
+	if refused != 5 || len(m.order) < 10 {
+		t.Fatalf("%d events fitted, and then %d were refused, want 5", len(m.order), refused)
+	}
+	m.expectPending(j, false, false)
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	if !m.claim(j, journalEvent("evt_new", 0, 5000)) {
+		t.Error("the journal does not go on when there is room again")
+	}
+	m.finish(j, "evt_0", nil)
+	if err := j.Close(); err != nil {
+		t.Error(err)
+	}
+	names, _ := filepath.Glob(filepath.Join(dir, "journal", "*.log"))
+	content, err := os.ReadFile(names[len(names)-1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	journalLines(t, content) // whole
+	// What is alive is copied when a journal is opened, so there must be room for it twice.
+	if out, err := exec.Command("mount", "-o", "remount,size=2m", dir).CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	if j, err = OpenJournal(filepath.Join(dir, "journal"), 0); err != nil {
+		t.Fatal(err)
+	}
+	m.expectPending(j, true, false)
+	_ = j.Close()
+}
+
+// OpenJournal tells why it cannot, and leaves nothing open to others.
+func TestOpenJournal(t *testing.T) {
+	t.Run("a file in place of the directory", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "journal")
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{path, filepath.Join(path, "below")} {
+			j, err := OpenJournal(path, 0)
+			if j != nil || err == nil || !strings.Contains(err.Error(), path) {
+				t.Errorf("got %v, %v; want an error that names %s", j, err, path)
+			} else {
+				journalExpectStep(t, err)
+			}
+		}
+	})
+	t.Run("a directory that cannot be written", func(t *testing.T) {
+		dir, err := os.MkdirTemp("", "journal")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = os.RemoveAll(dir) }()
+		if err := os.Chmod(dir, 0o555); err != nil {
+			t.Fatal(err)
+		}
+		var wrap []string
+		if os.Geteuid() == 0 {
+			wrap = []string{"setpriv", "--reuid=65534", "--clear-groups"}
+			if exec.Command(wrap[0], wrap[1], wrap[2], os.Args[0], "-test.run=^$").Run() != nil {
+				t.Skip("root can write everywhere, and this machine lets nobody else run the test")
+			}
+		} else if runtime.GOOS == "windows" {
+			t.Skip("Windows has no such mode")
+		}
+		child := journalStart(t, "open", dir, "", wrap...)
+		child.lines.Scan()
+		_ = child.Wait()
+		if got := child.lines.Text(); !strings.Contains(got, "offloadhook: opening the journal: open "+dir) ||
+			!strings.Contains(got, "permission denied") {
+			t.Errorf("the child said %q", got)
+		}
+	})
+	t.Run("modes", func(t *testing.T) {
+		if runtime.GOOS == "windows" {
+			t.Skip("Windows has no such modes")
+		}
+		dir := filepath.Join(t.TempDir(), "a", "journal")
+		j := journalOpen(t, dir)
+		if _, err := j.Claim(t.Context(), journalEvent("evt_1", 0, 0)); err != nil {
+			t.Fatal(err)
+		}
+		files := 0
+		err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+			want := fs.FileMode(0o700)
+			if !entry.IsDir() {
+				want = 0o600
+				files++
+			}
+			if info, infoErr := entry.Info(); err != nil || infoErr != nil || info.Mode().Perm() != want {
+				t.Errorf("%s: %v, %v, %v; want %v", path, info.Mode(), err, infoErr, want)
+			}
+			return nil
+		})
+		if err != nil || files != 1 {
+			t.Errorf("there are %d files, %v; want 1", files, err)
+		}
+	})
+}
+
+// A journal that was closed refuses everything.
+func TestJournalClosed(t *testing.T) {
+	j := journalOpen(t, t.TempDir())
+	env := journalEvent("evt_1", 0, 0)
+	if _, err := j.Claim(t.Context(), env); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Close(); err != nil {
+		t.Errorf("closing it again: %v", err)
+	}
+	for _, env := range []*Envelope{env, journalEvent("evt_2", 0, 0)} {
+		if fresh, err := j.Claim(t.Context(), env); fresh || !errors.Is(err, ErrClosed) {
+			t.Errorf("Claim returned %v, %v", fresh, err)
+		}
+	}
+	if err := j.Done(t.Context(), env, nil); !errors.Is(err, ErrClosed) {
+		t.Errorf("Done returned %v", err)
+	}
+	n := 0
+	for env, err := range j.Pending(t.Context()) {
+		if n++; env != nil || !errors.Is(err, ErrClosed) {
+			t.Errorf("Pending yields %v, %v", env, err)
+		}
+	}
+	if n != 1 {
+		t.Errorf("Pending yields %d times, want once", n)
+	}
+}
+
+// journalCallbacks returns callbacks that all call f.
+func journalCallbacks(f func(ctx context.Context, env *Envelope) error) Callbacks {
+	return Callbacks{
+		CaseCompleted: func(ctx context.Context, env *Envelope, _ *CaseCompleted) error { return f(ctx, env) },
+		Other:         f,
+	}
+}
+
+// Every id is delivered again when it has been handled and the journal was opened anew.
+func TestRow12DuplicateOverRestart(t *testing.T) {
+	const senders = 64
+	ids, dir := journalCount(5000, 100_000), t.TempDir()
+	for _, first := range []bool{true, false} {
+		j := journalOpen(t, dir)
+		var called, fresh atomic.Int64
+		r := Handler(journalCallbacks(func(context.Context, *Envelope) error {
+			called.Add(1)
+			return nil
+		}), WithInbox(j), WithBacklog(ids))
+		var sending sync.WaitGroup
+		for s := range senders {
+			sending.Go(func() {
+				for i := s; i < ids; i += senders {
+					isNew, err := r.Deliver(t.Context(), journalEvent(fmt.Sprint("evt_", i), i, 0).Raw)
+					if err != nil || isNew != first {
+						t.Errorf("evt_%d got %v, %v; want %v", i, isNew, err, first)
+						return
+					}
+					fresh.Add(1)
+				}
+			})
+		}
+		sending.Wait()
+		want := int64(0)
+		if first {
+			want = int64(ids)
+		}
+		journalWait(t, "every callback to be called", func() bool { return called.Load() >= want })
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := j.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if called.Load() != want || fresh.Load() != int64(ids) {
+			t.Fatalf("%d callbacks for %d events, want %d", called.Load(), fresh.Load(), want)
+		}
+	}
+}
+
+// journalWait waits for something that other goroutines do.
+func journalWait(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for range 6000 {
+		if done() {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("waited too long for %s", what)
+}
+
+// Every callback blocks, and events flood in: the journal is the queue. When the callbacks go on, all of them run.
+func TestRow15Flood(t *testing.T) {
+	const senders, cases, concurrency = 64, 640, 8
+	events := journalCount(10_000, 100_000)
+	j := journalOpen(t, t.TempDir())
+	release := make(chan struct{})
+	var mu sync.Mutex
+	last, handled := make(map[string]int), 0
+	r := Handler(Callbacks{CaseCompleted: func(_ context.Context, env *Envelope, c *CaseCompleted) error {
+		<-release
+		var n int
+		if _, err := fmt.Sscanf(env.EventID, "evt_"+c.CaseID+"_%d", &n); err != nil {
+			t.Error(err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if n != last[c.CaseID]+1 {
+			t.Errorf("%s was handled after number %d of its case", env.EventID, last[c.CaseID])
+		}
+		last[c.CaseID] = n
+		handled++
+		return nil
+	}}, WithInbox(j), WithConcurrency(concurrency))
+
+	idle, goroutines := journalMemory(), runtime.NumGoroutine()
+	mostMemory, mostGoroutines := int64(0), 0
+	var sending sync.WaitGroup
+	for s := range senders {
+		sending.Go(func() {
+			for i := s; i < events; i += senders {
+				number, caseID := i/cases+1, fmt.Sprint("case", i%cases)
+				body := fmt.Appendf(nil, `{"event_id":"evt_%s_%d","event_type":"case.completed","data":{"caseId":%q,"result":"%s"}}`,
+					caseID, number, caseID, strings.Repeat("x", 500))
+				if fresh, err := r.Deliver(t.Context(), body); !fresh || err != nil {
+					t.Errorf("number %d of %s got %v, %v", number, caseID, fresh, err)
+				}
+				if i%1000 == 0 {
+					memory := journalMemory() - idle
+					mu.Lock()
+					mostMemory = max(mostMemory, memory)
+					mostGoroutines = max(mostGoroutines, runtime.NumGoroutine()-goroutines-senders)
+					mu.Unlock()
+				}
+			}
+		})
+	}
+	sending.Wait()
+	mostMemory = max(mostMemory, journalMemory()-idle)
+	t.Logf("%d events in hand: at most %.1f MiB and %d goroutines over idle", events, float64(mostMemory)/(1<<20), mostGoroutines)
+	if mostMemory > 64<<20 {
+		t.Errorf("they took %d bytes over idle, want at most 64 MiB", mostMemory)
+	}
+	if mostGoroutines > concurrency+20 {
+		t.Errorf("they took %d goroutines over idle, want at most %d", mostGoroutines, concurrency+20)
+	}
+	close(release)
+	journalWait(t, "all events to be handled", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return handled >= events
+	})
+	if err := r.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if handled != events {
+		t.Errorf("%d callbacks for %d events", handled, events)
+	}
+	if left := journalPending(t, j); len(left) > 0 {
+		t.Errorf("%d events are left", len(left))
+	}
+}
+
+// journalMemory returns how many bytes the heap and the stacks take.
+func journalMemory() int64 {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapInuse + m.StackInuse)
+}
+
+// The receiver shuts down under load, in every other round past its deadline. What was acknowledged has been handled or
+// is kept, and the observer is told of each callback that was still running.
+func TestRow16ShutdownKeepsTheInbox(t *testing.T) {
+	for round := range journalCount(20, 200) {
+		late, dir := round%2 == 1, t.TempDir()
+		j := journalOpen(t, dir)
+		var mu sync.Mutex
+		started, handled, unfinished := make(map[string]bool), make(map[string]bool), make(map[string]bool)
+		var running sync.WaitGroup
+		r := Handler(journalCallbacks(func(ctx context.Context, env *Envelope) error {
+			mu.Lock()
+			running.Add(1)
+			started[env.EventID] = true
+			mu.Unlock()
+			defer running.Done()
+			if late && len(env.EventID)%2 == 0 {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			handled[env.EventID] = true
+			return nil
+		}), WithInbox(j), WithConcurrency(4), WithBacklog(8), WithObserver(func(_ context.Context, o Observation) {
+			mu.Lock()
+			defer mu.Unlock()
+			if o.Outcome == Unfinished {
+				unfinished[o.Envelope.EventID] = true
+			}
+		}))
+		var sending sync.WaitGroup
+		acked, enough := make(map[string]bool), make(chan struct{})
+		for s := range 8 {
+			sending.Go(func() {
+				for i := range 100_000 {
+					id := fmt.Sprintf("evt_%d_%d", s, i)
+					_, err := r.Deliver(t.Context(), journalEvent(id, 0, 0).Raw)
+					if errors.Is(err, ErrClosed) {
+						return
+					}
+					if err != nil {
+						t.Error(err)
+					}
+					mu.Lock()
+					if acked[id] = true; len(acked) == 10*(round%10)+20 {
+						close(enough)
+					}
+					mu.Unlock()
+				}
+			})
+		}
+		<-enough
+		ctx, cancel := context.WithCancel(t.Context())
+		if late {
+			cancel()
+		}
+		if err := r.Shutdown(ctx); late && err != nil && !errors.Is(err, context.Canceled) || !late && err != nil {
+			t.Errorf("Shutdown returned %v", err)
+		}
+		cancel()
+		sending.Wait()
+		running.Wait()
+		_ = j.Close()
+		pending := journalPending(t, journalOpen(t, dir))
+		mu.Lock()
+		for id := range acked {
+			if !handled[id] && !slices.Contains(pending, id) {
+				t.Errorf("%s is lost", id)
+			}
+		}
+		for id := range started {
+			if !handled[id] && !unfinished[id] {
+				t.Errorf("%s was cut off, and the observer was not told", id)
+			}
+		}
+		mu.Unlock()
+		if t.Failed() {
+			t.Fatalf("in round %d", round)
+		}
+	}
+}
+
+// Compaction goes on beside claims and their ends. The files stay within a small multiple of what is alive.
+func TestJournalCompactsUnderLoad(t *testing.T) {
+	const workers, size = 8, 10 << 10
+	dir, each := t.TempDir(), journalCount(300, 3000)
+	j := journalOpen(t, dir)
+	var mu sync.Mutex
+	alive, most := make(map[string]bool), int64(0)
+	var working sync.WaitGroup
+	for w := range workers {
+		working.Go(func() {
+			for i := range each {
+				env := journalEvent(fmt.Sprintf("evt_%d_%d", w, i), i, size)
+				if fresh, err := j.Claim(t.Context(), env); !fresh || err != nil {
+					t.Errorf("Claim returned %v, %v", fresh, err)
+				}
+				if i%100 == 0 {
+					mu.Lock()
+					alive[env.EventID] = true
+					most = max(most, journalSize(dir))
+					mu.Unlock()
+				} else if err := j.Done(t.Context(), env, nil); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	working.Wait()
+	if err := j.Close(); err != nil {
+		t.Error(err)
+	}
+	needed := int64(len(alive))*2*size + int64(workers*each)*100 + 4<<20
+	t.Logf("%d bytes went through, %d are alive at most; the files took %d", workers*each*size, needed, most)
+	if most > 3*needed {
+		t.Errorf("the files took %d bytes, want at most %d", most, 3*needed)
+	}
+	j = journalOpen(t, dir)
+	pending := journalPending(t, j)
+	if len(pending) != len(alive) {
+		t.Errorf("there are %d events, want %d", len(pending), len(alive))
+	}
+	for _, id := range pending {
+		if !alive[id] {
+			t.Errorf("%s came out again", id)
+		}
+	}
+	for w := range workers {
+		for i := range each {
+			if fresh, err := j.Claim(t.Context(), &Envelope{EventID: fmt.Sprintf("evt_%d_%d", w, i)}); fresh || err != nil {
+				t.Fatalf("a duplicate got %v, %v", fresh, err)
+			}
+		}
+	}
+}
+
+// journalSize returns how many bytes the files in dir take.
+func journalSize(dir string) (size int64) {
+	entries, _ := os.ReadDir(dir)
+	for _, entry := range entries {
+		if info, err := entry.Info(); err == nil {
+			size += info.Size()
+		}
+	}
+	return size
+}
+
+// With 64 clients, a claim costs less than a tenth of an fsync.
+func TestGroupCommit(t *testing.T) {
+	const clients, each = 64, 50
+	d := newDisk().process()
+	j, err := openJournal(d, "journal", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := strings.Count(strings.Join(d.steps, " "), "sync")
+	d.onSync = func() { time.Sleep(time.Millisecond) } // as long as a disk takes
+	var claiming sync.WaitGroup
+	for c := range clients {
+		claiming.Go(func() {
+			for i := range each {
+				if fresh, err := j.Claim(t.Context(), journalEvent(fmt.Sprintf("evt_%d_%d", c, i), i, 0)); !fresh || err != nil {
+					t.Errorf("Claim returned %v, %v", fresh, err)
+				}
+			}
+		})
+	}
+	claiming.Wait()
+	each64 := float64(strings.Count(strings.Join(d.steps, " "), "sync")-before) / (clients * each)
+	t.Logf("%.3f fsyncs for each claim", each64)
+	if each64 >= 0.1 {
+		t.Errorf("a claim costs %.3f fsyncs, want less than 0.1", each64)
+	}
+	if err := j.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// journalWrite writes a journal with so many finished ids and unfinished events, by its documentation.
+func journalWrite(t testing.TB, dir string, finished, unfinished int) (path string) {
+	t.Helper()
+	var out bytes.Buffer
+	line := func(format string, args ...any) {
+		text := fmt.Appendf(nil, format, args...)
+		fmt.Fprintf(&out, "%08x %s\n", crc32.Checksum(text, crc32.MakeTable(crc32.Castagnoli)), text)
+	}
+	at := time.Now().UnixMilli()
+	for i := range finished {
+		sum := sha256.Sum256(fmt.Appendf(nil, "evt_done_%d", i))
+		line(`{"sha256":"%x","at":%d}`, sum[:16], at)
+	}
+	for i := range unfinished {
+		env := journalEvent(fmt.Sprint("evt_", i), 0, 1000)
+		line(`{"id":%q,"at":%d,"event":%s}`, env.EventID, at, env.Raw)
+	}
+	line(`{"copied":"events-00000001.log","at":%d}`, at)
+	path = filepath.Join(dir, "events-00000002.log")
+	if err := os.WriteFile(path, out.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// journalReadPlain reads a file as simply as can be, and returns its checksum and how long that took.
+func journalReadPlain(t testing.TB, path string) (sum uint32, took time.Duration) {
+	t.Helper()
+	start := time.Now()
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = file.Close() }()
+	table, buf := crc32.MakeTable(crc32.Castagnoli), make([]byte, 1<<18)
+	for {
+		n, err := file.Read(buf)
+		sum = crc32.Update(sum, table, buf[:n])
+		if err == io.EOF {
+			return sum, time.Since(start)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A journal with a million finished ids takes less than 64 bytes of memory for each.
+func TestJournalMemoryPerID(t *testing.T) {
+	finished, dir := journalCount(100_000, 1_000_000), t.TempDir()
+	path := journalWrite(t, dir, finished, 1000)
+	_, plain := journalReadPlain(t, path)
+	runtime.GC()
+	before, start := journalMemory(), time.Now()
+	j := journalOpen(t, dir)
+	took := time.Since(start)
+	runtime.GC()
+	debug.FreeOSMemory()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	perID := float64(int64(m.HeapAlloc)-before) / float64(finished)
+	t.Logf("opening %d finished ids and 1000 events took %v, %.1f times a plain read; %.1f bytes each",
+		finished, took, float64(took)/float64(plain), perID)
+	if perID >= 64 {
+		t.Errorf("a finished id takes %.1f bytes, want less than 64", perID)
+	}
+	for i := 0; i < finished; i += 999 {
+		if fresh, err := j.Claim(t.Context(), &Envelope{EventID: fmt.Sprint("evt_done_", i)}); fresh || err != nil {
+			t.Fatalf("a finished id got %v, %v", fresh, err)
+		}
+	}
+	if n := len(journalPending(t, j)); n != 1000 {
+		t.Errorf("there are %d events, want 1000", n)
+	}
+}
+
+// Opening a journal of a million finished ids, beside a plain read of its file with a checksum.
+func BenchmarkOpenJournal(b *testing.B) {
+	dir := b.TempDir()
+	path := journalWrite(b, dir, 1_000_000, 1000)
+	content, err := os.ReadFile(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var plain, opening time.Duration
+	for b.Loop() {
+		b.StopTimer()
+		fresh := b.TempDir()
+		if err := os.WriteFile(filepath.Join(fresh, filepath.Base(path)), content, 0o600); err != nil {
+			b.Fatal(err)
+		}
+		_, took := journalReadPlain(b, filepath.Join(fresh, filepath.Base(path)))
+		plain += took
+		b.StartTimer()
+		start := time.Now()
+		j, err := OpenJournal(fresh, 0)
+		if err != nil {
+			b.Fatal(err)
+		}
+		opening += time.Since(start)
+		b.StopTimer()
+		_ = j.Close()
+		b.StartTimer()
+	}
+	b.SetBytes(int64(len(content)))
+	b.ReportMetric(float64(opening)/float64(plain), "x-plain-read")
+}
+
+// Any bytes may be in the only file of a journal. It opens, hands out events that parse, and goes on.
+func FuzzJournal(f *testing.F) {
+	line := func(text string) string {
+		return fmt.Sprintf("%08x %s\n", crc32.Checksum([]byte(text), crc32.MakeTable(crc32.Castagnoli)), text)
+	}
+	claim := line(`{"id":"evt_1","at":1,"event":{"event_id":"evt_1"}}`)
+	for _, seed := range []string{
+		"", "\n", claim, claim[:20], claim[:len(claim)-1], claim + claim, "\x00\x00\n" + claim,
+		claim + line(`{"done":"evt_1","at":2}`), line(`{"sha256":"00","at":1}`), line(`{"sha256":1}`), line(`{"sha256":""}`),
+		line(`{"id":"evt_1","at":1,"base64":"IHsiZXZlbnRfaWQiOiJldnRfMSJ9"}`), line(`{"id":"evt_1","base64":"!"}`), line(`{}`), line(``),
+		line(`{"id":"evt_1","event":[]}`), line(`{"copied":""}`), line(`{"id":7}`), line(`"`), line(`{"`),
+	} {
+		f.Add([]byte(seed), false)
+		f.Add([]byte(seed), true)
+	}
+	f.Fuzz(func(t *testing.T, content []byte, sums bool) {
+		if sums { // make the checksums right: fuzzing would not find them
+			var right []byte
+			for text := range bytes.Lines(content) {
+				right = append(right, line(string(bytes.TrimSuffix(text[min(9, len(text)):], []byte("\n"))))...)
+			}
+			content = right
+		}
+		medium := diskWith(filepath.Join("journal", "events-00000001.log"), content)
+		j, err := openJournal(medium.process(), "journal", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for env, err := range j.Pending(t.Context()) {
+			if (env == nil) == (err == nil) {
+				t.Fatalf("Pending yields %v, %v", env, err)
+			}
+		}
+		env := journalEvent("evt_of_the_test", 1, 0)
+		if fresh, err := j.Claim(t.Context(), env); !fresh && !bytes.Contains(content, []byte("evt_of_the_test")) {
+			t.Fatalf("a new event got %v, %v", fresh, err)
+		}
+		if err := j.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if j, err = openJournal(medium.process(), "journal", 0); err != nil {
+			t.Fatal(err)
+		}
+		found := false
+		for got := range j.Pending(t.Context()) {
+			found = found || got != nil && got.EventID == env.EventID && bytes.Equal(got.Raw, env.Raw)
+		}
+		if !found && !bytes.Contains(content, []byte("evt_of_the_test")) {
+			t.Fatal("the new event is lost")
+		}
+		if err := j.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// Acknowledgments a second, side by side: of a receiver with each store and no HTTP, of one that writes and syncs each
+// event by itself, and over HTTP beside a handler written by hand that keeps nothing.
+func BenchmarkAcknowledge(b *testing.B) {
+	ignore := journalCallbacks(func(context.Context, *Envelope) error { return nil })
+	quiet := WithObserver(func(context.Context, Observation) {})
+	memory := func(testing.TB) *Receiver { return Handler(ignore, quiet) }
+	journal := func(t testing.TB) *Receiver { return Handler(ignore, quiet, WithInbox(journalOpen(t, t.TempDir()))) }
+	naive := func(t testing.TB) *Receiver {
+		file, err := os.Create(filepath.Join(t.TempDir(), "events"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = file.Close() })
+		return Handler(ignore, quiet, WithDeduper(&journalNaive{file: file}))
+	}
+	for _, store := range []struct {
+		name string
+		open func(testing.TB) *Receiver
+	}{{"Memory", memory}, {"Journal", journal}, {"Naive", naive}} {
+		for _, clients := range []int{1, 8, 64} {
+			b.Run(fmt.Sprintf("direct/%s/clients=%d", store.name, clients), func(b *testing.B) {
+				r := store.open(b)
+				journalMeasure(b, clients, func(body []byte) error {
+					_, err := r.Deliver(context.Background(), body)
+					return err
+				})
+				_ = r.Shutdown(context.Background())
+			})
+		}
+	}
+	byHand := func(testing.TB) http.Handler {
+		var mu sync.Mutex
+		seen := make(map[string]bool)
+		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			var event struct {
+				ID   string `json:"event_id"`
+				Type string `json:"event_type"`
+				Data struct{ CaseID string }
+			}
+			if err := json.NewDecoder(http.MaxBytesReader(w, req.Body, 1<<20)).Decode(&event); err != nil {
+				http.Error(w, "bad event", http.StatusBadRequest)
+				return
+			}
+			mu.Lock()
+			known := seen[event.ID]
+			seen[event.ID] = true
+			mu.Unlock()
+			if !known {
+				go func() {}() // handle it
+			}
+			w.WriteHeader(http.StatusAccepted)
+		})
+	}
+	for _, handler := range []struct {
+		name string
+		open func(testing.TB) http.Handler
+	}{
+		{"ByHand", byHand},
+		{"Memory", func(t testing.TB) http.Handler { return memory(t) }},
+		{"Journal", func(t testing.TB) http.Handler { return journal(t) }},
+		{"Naive", func(t testing.TB) http.Handler { return naive(t) }},
+	} {
+		b.Run(fmt.Sprintf("http/%s/clients=64", handler.name), func(b *testing.B) {
+			h := handler.open(b)
+			server := httptest.NewServer(h)
+			defer server.Close()
+			client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+			defer client.CloseIdleConnections()
+			journalMeasure(b, 64, func(body []byte) error {
+				answer, err := client.Post(server.URL, "application/json", bytes.NewReader(body))
+				if err != nil {
+					return err
+				}
+				_, _ = io.Copy(io.Discard, answer.Body)
+				if answer.StatusCode != http.StatusAccepted {
+					return errors.New(answer.Status)
+				}
+				return answer.Body.Close()
+			})
+			if r, ok := h.(*Receiver); ok {
+				_ = r.Shutdown(context.Background())
+			}
+		})
+	}
+}
+
+// journalMeasure makes so many clients send b.N events in all, and reports how many were acknowledged a second.
+func journalMeasure(b *testing.B, clients int, send func(body []byte) error) {
+	b.Helper()
+	format, err := Fixtures.ReadFile("testdata/case_completed_b.json")
+	if err != nil {
+		b.Fatal(err)
+	}
+	env, err := ParseEnvelope(format)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var next atomic.Int64
+	var sending sync.WaitGroup
+	b.ResetTimer()
+	for range clients {
+		sending.Go(func() {
+			for i := next.Add(1); i <= int64(b.N); i = next.Add(1) {
+				body := bytes.Replace(format, []byte(env.EventID), fmt.Append(nil, "evt_", i), 1)
+				body = bytes.Replace(body, []byte(`"caseId": "`), fmt.Append(nil, `"caseId": "`, i), 1)
+				if err := send(body); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	sending.Wait()
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "acks/s")
+}
+
+// journalNaive writes each event to a file and syncs that, one after the other.
+type journalNaive struct {
+	Memory
+	mu   sync.Mutex // protects file
+	file *os.File
+}
+
+func (n *journalNaive) Claim(ctx context.Context, env *Envelope) (fresh bool, err error) {
+	if fresh, err = n.Memory.Claim(ctx, env); !fresh || err != nil {
+		return fresh, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if _, err := n.file.Write(env.Raw); err != nil {
+		return false, err
+	}
+	return true, n.file.Sync()
 }
