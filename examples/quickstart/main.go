@@ -4,7 +4,8 @@
 //
 // It serves a receiver on a loopback port and plays Offload's part: it sends an example of every event of both
 // published contracts, some of them twice, an event of an unknown type, and a forged one. Line by line it prints what
-// was answered and which callback ran. It exits with 1 if anything was not as the package promises.
+// was answered and which callback ran. Then it kills a receiver in the middle of a callback and starts it again. It
+// exits with 1 if anything was not as the package promises.
 package main
 
 import (
@@ -28,14 +29,31 @@ import (
 )
 
 // patience bounds every wait of the tour.
-const patience = 5 * time.Second
+const patience = 20 * time.Second
 
 func main() {
-	if err := tour(os.Stdout); err != nil {
+	if err := run(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "quickstart:", err)
 		os.Exit(1)
 	}
+}
+
+func run(args []string) error {
+	if len(args) == 2 && args[0] == "receiver" { // started by crash
+		return receiveWithJournal(args[1])
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	if err := tour(os.Stdout); err != nil {
+		return err
+	}
+	if err := crash(os.Stdout, program); err != nil {
+		return err
+	}
 	fmt.Println("\nEverything was as promised.")
+	return nil
 }
 
 // delivery is one POST, and what the package promises for it.

@@ -3,14 +3,68 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
+	"io"
 	"io/fs"
+	"os"
 	"os/exec"
 	"path"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"offloadhook"
 )
+
+// TestMain lets the test binary stand in for the program that crash starts.
+func TestMain(m *testing.M) {
+	if len(os.Args) != 3 || os.Args[1] != "receiver" {
+		os.Exit(m.Run())
+	}
+	var err error
+	switch os.Getenv("QUICKSTART_BROKEN") {
+	case "":
+		err = run(os.Args[1:])
+	case "forgets events":
+		var stdin io.Reader = os.Stdin
+		if os.Mkdir(filepath.Join(os.Args[2], "started"), 0o700) != nil {
+			stdin = strings.NewReader("") // the second one has nothing to wait for
+		}
+		err = receive(stdin, os.Stdout)
+	case "refuses events":
+		err = receive(os.Stdin, os.Stdout, offloadhook.WithToken("unknown"))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// TestCrash shows the crash with a receiver that keeps its promises, and with others that do not.
+func TestCrash(t *testing.T) {
+	for _, test := range []struct {
+		broken string
+		want   string
+	}{
+		{"", ""},
+		{"forgets events", "what got a 202 is lost"},
+		{"refuses events", "case_completed_b.json: answered 401"},
+	} {
+		t.Run(test.broken, func(t *testing.T) {
+			t.Setenv("QUICKSTART_BROKEN", test.broken)
+			program, err := os.Executable()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var out strings.Builder
+			err = crash(&out, program)
+			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
+				t.Errorf("crash = %v, want %q\n%s", err, test.want, out.String())
+			}
+		})
+	}
+}
 
 // TestRun runs the command of the README.
 func TestRun(t *testing.T) {
@@ -28,7 +82,8 @@ func TestRun(t *testing.T) {
 		}
 	}
 	for _, want := range []string{"200 OK", "202 Accepted", "401 Unauthorized", "CaseCompleted:", "CaseFailed:",
-		"CaseInputNeeded:", "Other: case.paused", "Everything was as promised."} {
+		"CaseInputNeeded:", "Other: case.paused", "killed, in the middle", "nobody sent the event again",
+		"Everything was as promised."} {
 		if !bytes.Contains(out, []byte(want)) {
 			t.Errorf("the output does not mention %q:\n%s", want, out)
 		}
