@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -52,6 +53,11 @@ func TestMain(m *testing.M) {
 		}
 		server, sender = filepath.Join(dir, "server"+suffix), filepath.Join(dir, "send"+suffix)
 		for program, source := range map[string]string{server: ".", sender: "../send"} {
+			// To look at the source tells go test that a result in its cache depends on it.
+			if _, err := os.Stat(filepath.Join(source, "main.go")); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				return 1
+			}
 			if out, err := exec.Command("go", "build", "-o", program, source).CombinedOutput(); err != nil {
 				fmt.Fprintf(os.Stderr, "go build: %v\n%s", err, out)
 				return 1
@@ -277,15 +283,22 @@ func TestRestart(t *testing.T) {
 	eventually(t, "the second server handles what the first one left", func() bool {
 		return len(second.handled(t)) == len(acknowledged)
 	})
-	again, err := send(t, second.url) // the fixtures: new events beside the old ones
-	if err != nil || len(again) != 6 {
-		t.Fatalf("%d fixtures acknowledged, want 6: %v", len(again), err)
+	// New events beside the old ones: the fixtures, and a type that the library does not know.
+	fixtures, err := send(t, second.url)
+	if err != nil || len(fixtures) != 6 {
+		t.Fatalf("%d fixtures acknowledged, want 6: %v", len(fixtures), err)
 	}
+	unknown, err := send(t, second.url, "-type", "case.paused", "-n", "3")
+	if err != nil || len(unknown) != 3 {
+		t.Fatalf("%d events of an unknown type acknowledged, want 3: %v", len(unknown), err)
+	}
+	maps.Copy(acknowledged, fixtures)
+	maps.Copy(acknowledged, unknown)
+	eventually(t, "the second server handles the new ones", func() bool {
+		return len(second.handled(t)) == len(acknowledged)
+	})
 	second.terminate(t)
 	second.ended(t)
-	for id := range again {
-		acknowledged[id] = 1
-	}
 
 	// What was handled stays handled, over a restart.
 	third := start(t, "-dir", journal, "-forward", in.URL)
@@ -327,8 +340,13 @@ func TestDrain(t *testing.T) {
 	})
 	close(in.open)
 	p.ended(t)
+	for _, r := range p.records(t) {
+		if r.Msg == "event" && r.Outcome != string(offloadhook.Handled) {
+			t.Errorf("%+v: a callback was not let finish, or not recorded", r)
+		}
+	}
 	if len(p.handled(t)) == 0 {
-		t.Error("no callback that ran was let finish")
+		t.Error("no event was handled")
 	}
 }
 
@@ -381,6 +399,37 @@ func TestCounters(t *testing.T) {
 		}
 		return fmt.Sprint(got) == fmt.Sprint(want)
 	})
+}
+
+// TestSecondStart starts the server a second time by mistake: that must not take the journal from the first.
+func TestSecondStart(t *testing.T) {
+	journal := t.TempDir()
+	first := start(t, "-dir", journal)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	second := exec.CommandContext(ctx, server, "-addr", strings.TrimPrefix(first.url, "http://"), "-dir", journal)
+	if out, err := second.CombinedOutput(); second.ProcessState.ExitCode() != 1 {
+		t.Errorf("the second server: %v, want exit status 1\n%s", err, out)
+	}
+	if acknowledged, err := send(t, first.url, "-n", "10"); err != nil || len(acknowledged) != 10 {
+		t.Errorf("%d events acknowledged, want 10: %v", len(acknowledged), err)
+	}
+}
+
+func TestForward(t *testing.T) {
+	for _, test := range []struct {
+		status int
+		ok     bool
+	}{{200, true}, {204, true}, {302, false}, {404, false}, {503, false}} {
+		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(test.status)
+		}))
+		a := &app{forwardURL: s.URL, client: s.Client()}
+		if err := a.forward(t.Context(), &offloadhook.Envelope{EventID: "evt_1"}); (err == nil) != test.ok {
+			t.Errorf("answered %d: %v, want ok %v", test.status, err, test.ok)
+		}
+		s.Close()
+	}
 }
 
 func TestParse(t *testing.T) {
