@@ -1027,6 +1027,53 @@ func main() {
 	}
 }
 
+// TestREADME holds the README's Go against the compiler, its mount against ExampleHandler, and its links against the tree.
+func TestREADME(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("events_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(string(readme), -1)
+	if len(blocks) != 3 {
+		t.Fatalf("%d blocks of Go, want the mount, a main and a test", len(blocks))
+	}
+	mount := "\t" + strings.ReplaceAll(strings.TrimSpace(blocks[0][1]), "\n", "\n\t") + "\n"
+	if _, example, _ := strings.Cut(string(source), "func ExampleHandler() {"); !strings.Contains(example, mount) {
+		t.Errorf("ExampleHandler does not have the README's\n%s", mount)
+	}
+	if at := strings.Count(string(readme[:bytes.Index(readme, []byte("mux.Handle"))]), "\n"); at >= 30 {
+		t.Errorf("the mount is at line %d", at+1)
+	}
+	for _, link := range regexp.MustCompile(`\]\(([^)#:]+)\)`).FindAllStringSubmatch(string(readme), -1) {
+		if _, err := os.Stat(link[1]); err != nil {
+			t.Error(err)
+		}
+	}
+	root, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"go.mod":       "module stranger\n\ngo 1.25\n\nrequire offloadhook v0.0.0\n\nreplace offloadhook => " + root + "\n",
+		"main.go":      blocks[1][1],
+		"main_test.go": "package main\n\nimport (\n\"context\"\n\"testing\"\n\n\"offloadhook\"\n)\n\n" + blocks[2][1],
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), "go", "test", ".")
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
 func TestInvalidOptionPanics(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -1075,6 +1122,68 @@ func TestInvalidOptionPanics(t *testing.T) {
 			shutdown(t, offloadhook.Handler(offloadhook.Callbacks{}, tt.opt()))
 		})
 	}
+}
+
+// Everything down to mux.Handle stands in the README.
+func ExampleHandler() {
+	mux := http.NewServeMux()
+
+	cb := offloadhook.Callbacks{
+		CaseCompleted: func(ctx context.Context, env *offloadhook.Envelope, c *offloadhook.CaseCompleted) error {
+			fmt.Printf("case %s: %s\n", c.CaseID, c.ResultStatus)
+			return nil
+		},
+	}
+	mux.Handle("/offload", offloadhook.Handler(cb))
+
+	body, _ := offloadhook.Fixtures.ReadFile("testdata/case_completed_a.json")
+	req := httptest.NewRequest("POST", "/offload", bytes.NewReader(body))
+	answer := httptest.NewRecorder()
+	mux.ServeHTTP(answer, req)
+	handler, _ := mux.Handler(req)
+	handler.(*offloadhook.Receiver).Shutdown(context.Background()) // waits for the callback
+	fmt.Println(answer.Code)
+	// Output:
+	// case case_123: goal_achieved
+	// 202
+}
+
+// A 2xx is a promise: an event that got one outlives the process that gave it.
+func Example_crash() {
+	dir, _ := os.MkdirTemp("", "offload")
+	defer os.RemoveAll(dir)
+	body, _ := offloadhook.Fixtures.ReadFile("testdata/case_input_needed_b.json")
+
+	journal, _ := offloadhook.OpenJournal(dir, 0)
+	running := make(chan struct{})
+	doomed := offloadhook.Handler(offloadhook.Callbacks{
+		CaseInputNeeded: func(ctx context.Context, _ *offloadhook.Envelope, _ *offloadhook.CaseInputNeeded) error {
+			close(running)
+			<-ctx.Done()
+			return ctx.Err()
+		},
+	}, offloadhook.WithInbox(journal), offloadhook.WithObserver(func(context.Context, offloadhook.Observation) {}))
+	fresh, err := doomed.Deliver(context.Background(), body)
+	fmt.Println("accepted:", fresh, err)
+	<-running // in the middle of its callback this receiver is abandoned, as if its process were killed
+
+	journal, _ = offloadhook.OpenJournal(dir, 0)
+	handled := make(chan string)
+	receiver := offloadhook.Handler(offloadhook.Callbacks{
+		CaseInputNeeded: func(_ context.Context, _ *offloadhook.Envelope, c *offloadhook.CaseInputNeeded) error {
+			handled <- c.InputRequestID
+			return nil
+		},
+	}, offloadhook.WithInbox(journal))
+	fmt.Println("handled by the next one:", <-handled)
+	receiver.Shutdown(context.Background())
+
+	over, cancel := context.WithCancel(context.Background())
+	cancel()
+	doomed.Shutdown(over)
+	// Output:
+	// accepted: true <nil>
+	// handled by the next one: c8c6a7ca-a913-4d13-8cd8-5887efb0531c
 }
 
 // A unit test of a callback needs no server: Deliver an example event, then Shutdown, which waits for the callback.
