@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -151,13 +152,13 @@ func (s *idSet) nth(n int) idTime {
 
 // add adds d unless it is in the set.
 func (s *idSet) add(d digest, at time.Time) {
-	if s.has(d) {
-		return
-	}
 	if s.ids == nil {
 		s.ids = make(map[digest]struct{})
 	}
-	s.ids[d] = struct{}{}
+	before := len(s.ids)
+	if s.ids[d] = struct{}{}; len(s.ids) == before {
+		return
+	}
 	last := len(s.queue) - 1
 	if last < 0 || len(s.queue[last]) == idBlock {
 		s.queue = append(s.queue, make([]idTime, 0, idBlock))
@@ -744,7 +745,8 @@ func (j *Journal) copySome(dst *copying, all bool) (more bool, err error) {
 		if dst.ids = max(dst.ids, j.done.dropped); dst.ids < j.done.dropped+uint64(j.done.len()) {
 			id := j.done.nth(int(dst.ids - j.done.dropped))
 			dst.ids++
-			buf = appendRecord(buf, "sha256", quote(hex.EncodeToString(id.id[:])), id.at, nil)
+			quoted := hex.AppendEncode(append(make([]byte, 0, 34), '"'), id.id[:])
+			buf = appendRecord(buf, "sha256", append(quoted, '"'), id.at, nil)
 			continue
 		}
 		c := j.after(dst.claims)
@@ -781,8 +783,12 @@ type record struct {
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // checksum returns what stands before json in a line.
-func checksum(json []byte) string {
-	return fmt.Sprintf("%08x ", crc32.Checksum(json, castagnoli))
+func checksum(json []byte) (sum [9]byte) {
+	var crc [4]byte
+	binary.BigEndian.PutUint32(crc[:], crc32.Checksum(json, castagnoli))
+	hex.Encode(sum[:], crc[:])
+	sum[8] = ' '
+	return sum
 }
 
 func quote(s string) []byte {
@@ -801,19 +807,22 @@ func appendRecord(buf []byte, kind string, quoted []byte, at int64, event []byte
 		buf = append(append(buf, `,"event":`...), event...)
 	}
 	buf = append(buf, '}')
-	copy(buf[start:], checksum(buf[start+9:]))
+	sum := checksum(buf[start+9:])
+	copy(buf[start:], sum[:])
 	return append(buf, '\n')
 }
 
 // parseRecord reads the record at the start of line, which ends where a line or the file does.
 func parseRecord(line []byte) (rec record) {
-	if len(line) < 9 {
+	if len(line) < 10 {
 		return record{}
 	}
-	// Where the JSON ends, not where the line does: a damaged line break costs no record.
-	end := 9 + skipValue(line[9:], 0)
-	if checksum(line[9:end]) != string(line[:9]) {
-		return record{}
+	end := len(line) - 1
+	if checksum(line[9:end]) != [9]byte(line) {
+		end = 9 + skipValue(line[9:], 0) // a damaged line break costs no record
+		if checksum(line[9:end]) != [9]byte(line) {
+			return record{}
+		}
 	}
 	rec.size = min(end+1, len(line))
 	rec.line = line[:end]

@@ -2102,21 +2102,22 @@ func BenchmarkAcknowledge(b *testing.B) {
 		var mu sync.Mutex
 		seen := make(map[string]bool)
 		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-			var event struct {
-				ID   string `json:"event_id"`
-				Type string `json:"event_type"`
-				Data struct{ CaseID string }
-			}
-			if err := json.NewDecoder(http.MaxBytesReader(w, req.Body, 1<<20)).Decode(&event); err != nil {
+			var event Envelope
+			body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, 1<<20))
+			if err != nil || json.Unmarshal(body, &event) != nil || event.EventID == "" {
 				http.Error(w, "bad event", http.StatusBadRequest)
 				return
 			}
 			mu.Lock()
-			known := seen[event.ID]
-			seen[event.ID] = true
+			known := seen[event.EventID]
+			seen[event.EventID] = true
 			mu.Unlock()
 			if !known {
-				go func() {}() // handle it
+				go func() {
+					if err := json.Unmarshal(event.Data, new(CaseCompleted)); err != nil {
+						panic(err)
+					}
+				}()
 			}
 			w.WriteHeader(http.StatusAccepted)
 		})

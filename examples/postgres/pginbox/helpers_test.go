@@ -32,7 +32,7 @@ func newInbox(t *testing.T, url string, tidyEvery time.Duration) *Inbox {
 // die ends the session that holds the owner's lock, as the death of its process would. The pool goes on.
 func (in *Inbox) die() {
 	in.stop()
-	<-in.stopped
+	in.running.Wait()
 }
 
 func newEvent(id, caseID string) *offloadhook.Envelope {

@@ -2,7 +2,7 @@
 //
 // Each open Inbox is an owner. It shows that it lives by a session that holds an advisory lock: when its process dies,
 // the connection breaks, the lock is free, and another owner takes over its events. A slow owner keeps the lock, and
-// its events, however long its callbacks take. A lock that is free is not taken for a death at once, but after five
+// its events, however long its callbacks take. A lock that is free is not taken for a death at once, but after six
 // looks, a second apart, because a restart of the database frees all of them: meanwhile the living take theirs again.
 //
 // The events of a case that has unfinished ones go to the owner of those, whichever replica received them, so that they
@@ -24,7 +24,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"offloadhook"
@@ -32,9 +31,11 @@ import (
 
 const (
 	forwardEvery = 200 * time.Millisecond // between looks for events that other replicas have received for this one
+	pingEvery    = 100 * time.Millisecond // between signs that the session lives, and attempts at another
 	tidyEvery    = time.Second            // between looks for dead owners and expired rows
-	deathLooks   = 5                      // that find an owner's lock free, one after the other, for it to be dead
-	timeout      = 5 * time.Second        // for a statement of the session that holds the lock
+	deathLooks   = 6                      // that find an owner's lock free, one after the other, for it to be dead
+	timeout      = 5 * time.Second        // for a statement
+	longTimeout  = time.Minute            // for one that may change many rows
 	pageSize     = 64                     // events read at once: a body may have a megabyte
 )
 
@@ -60,12 +61,13 @@ type Inbox struct {
 	retention time.Duration
 	tidyEvery time.Duration
 	stop      context.CancelFunc
-	stopped   chan struct{} // closed when the session has ended for good
+	running   sync.WaitGroup // what stop ends
 
 	handing sync.Mutex // held while events are handed to the receiver, so that Pending has those or follows them
 
 	mu      sync.Mutex    // protects what follows
 	alive   chan struct{} // closed while the lock is held
+	failed  error         // why it is not
 	deliver deliverFunc
 	called  bool // Pending has brought back what was given up
 }
@@ -94,16 +96,16 @@ func open(ctx context.Context, url string, retention, tidyEvery time.Duration) (
 		pool:      pool,
 		retention: retention,
 		tidyEvery: tidyEvery,
-		stopped:   make(chan struct{}),
 		alive:     make(chan struct{}),
 	}
 	if err := in.prepare(ctx); err != nil {
 		pool.Close()
 		return nil, fmt.Errorf("pginbox: %w", err)
 	}
-	session, stop := context.WithCancel(context.Background())
+	life, stop := context.WithCancel(context.Background())
 	in.stop = stop
-	go in.live(session)
+	in.running.Go(func() { in.live(life) })
+	in.running.Go(func() { in.forward(life) })
 	if err := in.living(ctx); err != nil {
 		in.Close()
 		return nil, err
@@ -135,7 +137,7 @@ func (in *Inbox) prepare(ctx context.Context) error {
 // Close ends the owner. What it has not finished, others take over, or the next one that opens.
 func (in *Inbox) Close() error {
 	in.stop()
-	<-in.stopped
+	in.running.Wait()
 	in.pool.Close()
 	return nil
 }
@@ -282,7 +284,7 @@ func (in *Inbox) page(ctx context.Context, last, end int64) ([]event, error) {
 			fresh = append(fresh, e.id)
 		}
 	}
-	return page, in.markHanded(ctx, in.pool, fresh)
+	return page, in.markHanded(ctx, fresh)
 }
 
 func scanEvent(row pgx.CollectableRow) (e event, err error) {
@@ -329,16 +331,18 @@ func (in *Inbox) living(ctx context.Context) error {
 	case <-alive:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("pginbox: no session with the database: %w", ctx.Err())
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		return fmt.Errorf("pginbox: no session with the database: %w: %w", ctx.Err(), in.failed)
 	}
 }
 
 // live holds the lock until ctx ends.
 func (in *Inbox) live(ctx context.Context) {
-	defer close(in.stopped)
 	for ctx.Err() == nil {
-		_ = in.session(ctx) // its error is that of the claims, too
+		err := in.session(ctx)
 		in.mu.Lock()
+		in.failed = err
 		select {
 		case <-in.alive:
 			in.alive = make(chan struct{})
@@ -347,12 +351,13 @@ func (in *Inbox) live(ctx context.Context) {
 		in.mu.Unlock()
 		select {
 		case <-ctx.Done():
-		case <-time.After(100 * time.Millisecond):
+		case <-time.After(pingEvery):
 		}
 	}
 }
 
-// session connects, takes the lock, and does what an owner has to do besides, until one of these fails.
+// session connects, takes the lock, and looks after the table, until one of these fails. Nothing here waits for the
+// pool or the receiver: a session that breaks has to be followed by another before the owner is taken for dead.
 func (in *Inbox) session(ctx context.Context) error {
 	config := in.pool.Config().ConnConfig.Copy()
 	// A machine that vanishes does not close its connections: the server finds that out within 20 s.
@@ -385,17 +390,17 @@ func (in *Inbox) session(ctx context.Context) error {
 	in.mu.Unlock()
 
 	free := make(map[int32]int)
-	tick := time.NewTicker(forwardEvery)
+	tick := time.NewTicker(pingEvery)
 	defer tick.Stop()
 	var tidied time.Time
 	for {
 		if time.Since(tidied) >= in.tidyEvery {
 			tidied = time.Now()
-			if err := in.tidy(ctx, conn, free); err != nil {
-				return err
-			}
+			err = in.tidy(ctx, conn, free)
+		} else {
+			err = ping(ctx, conn)
 		}
-		if err := in.forward(ctx, conn); err != nil {
+		if err != nil {
 			return err
 		}
 		select {
@@ -406,10 +411,17 @@ func (in *Inbox) session(ctx context.Context) error {
 	}
 }
 
+// ping notices that the session is lost.
+func ping(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	return conn.Ping(ctx)
+}
+
 // tidy takes over from owners that were found dead deathLooks times in a row, as free counts them, and deletes rows
 // that have been done for as long as the retention.
 func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) error {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, longTimeout)
 	defer cancel()
 	rows, _ := conn.Query(ctx, `SELECT DISTINCT owner FROM offload_events WHERE owner IS NOT NULL AND owner NOT IN (
 		SELECT objid::bigint FROM pg_locks WHERE `+lockOf+`)`, in.table)
@@ -440,37 +452,35 @@ func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) e
 	return err
 }
 
-// forward delivers what other replicas have received for this one, or others had not finished when they died.
-func (in *Inbox) forward(ctx context.Context, conn *pgx.Conn) error {
-	in.mu.Lock()
-	deliver := in.deliver
-	in.mu.Unlock()
-	if deliver == nil {
-		return ping(ctx, conn)
-	}
-	for more := true; more; {
-		var err error
-		if more, err = in.hand(ctx, conn, deliver); err != nil {
-			return err
+// forward delivers what other replicas have received for this one, and what the dead had not finished.
+func (in *Inbox) forward(ctx context.Context) {
+	tick := time.NewTicker(forwardEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		in.mu.Lock()
+		deliver := in.deliver
+		in.mu.Unlock()
+		for more := deliver != nil; more; {
+			var err error
+			if more, err = in.hand(ctx, deliver); err != nil {
+				break // the next tick tries again
+			}
 		}
 	}
-	return nil
-}
-
-// ping notices that the session is lost.
-func ping(ctx context.Context, conn *pgx.Conn) error {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	return conn.Ping(ctx)
 }
 
 // hand delivers a page of events, and reports whether there may be another.
-func (in *Inbox) hand(ctx context.Context, conn *pgx.Conn, deliver deliverFunc) (more bool, err error) {
+func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool, err error) {
 	in.handing.Lock()
 	defer in.handing.Unlock()
 	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	rows, _ := conn.Query(within, `SELECT seq, event_id, case_id, handed, body FROM offload_events
+	rows, _ := in.pool.Query(within, `SELECT seq, event_id, case_id, handed, body FROM offload_events
 		WHERE owner = $1 AND NOT handed ORDER BY seq LIMIT $2`, in.owner, pageSize)
 	page, err := pgx.CollectRows(rows, scanEvent)
 	if err != nil {
@@ -496,21 +506,16 @@ func (in *Inbox) hand(ctx context.Context, conn *pgx.Conn, deliver deliverFunc) 
 			held[*e.caseID] = true
 		}
 	}
-	return len(handed) == pageSize, in.markHanded(ctx, conn, handed)
+	return len(handed) == pageSize, in.markHanded(ctx, handed)
 }
 
-func (in *Inbox) markHanded(ctx context.Context, db execer, ids []string) error {
+func (in *Inbox) markHanded(ctx context.Context, ids []string) error {
 	if len(ids) == 0 {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	_, err := db.Exec(ctx, `UPDATE offload_events SET handed = true WHERE event_id = ANY($1) AND owner = $2`,
+	_, err := in.pool.Exec(ctx, `UPDATE offload_events SET handed = true WHERE event_id = ANY($1) AND owner = $2`,
 		ids, in.owner)
 	return err
-}
-
-// execer is a connection or a pool of them.
-type execer interface {
-	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }
