@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"iter"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -433,23 +434,42 @@ func (m *promiseModel) check() {
 	}
 }
 
-// FuzzPromises runs a schedule of deliveries, duplicates, returns, failures, sweeps, crashes and takeovers, and holds
+// promiseSchedule runs a schedule of deliveries, duplicates, returns, failures, sweeps, crashes and takeovers, and holds
 // the promises of the package against a small model.
+func promiseSchedule(t *testing.T, schedule []byte) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &promiseModel{t: t, ids: make(map[string]*promiseEvent)}
+		m.disk = &modelDisk{names: make(map[string]*modelFile), durable: make(map[string]*modelFile)}
+		m.start(false)
+		for i := 0; i+1 < min(len(schedule), 120); i += 2 {
+			m.step(schedule[i], schedule[i+1])
+		}
+		m.check()
+	})
+}
+
 func FuzzPromises(f *testing.F) {
 	f.Add([]byte{0, 0, 0, 0, 4, 0, 8, 0, 3, 0, 4, 0})
 	f.Add([]byte{0, 0, 6, 0, 7, 0, 6, 0, 3, 0, 9, 0, 0, 1, 10, 1, 4, 0})
 	f.Add([]byte{0, 0, 0, 1, 0, 2, 0, 0, 0, 1, 0, 2, 0, 0, 11, 1, 0, 1, 4, 0, 4, 0, 7, 1, 4, 1, 10, 0, 4, 0, 3, 4})
 	f.Add([]byte{0, 0, 11, 2, 4, 0, 0, 1, 11, 0, 7, 0, 7, 1, 3, 0, 8, 0, 11, 1, 4, 0, 0, 0, 7, 1, 9, 0})
-	f.Fuzz(func(t *testing.T, schedule []byte) {
-		synctest.Test(t, func(t *testing.T) {
-			m := &promiseModel{t: t, ids: make(map[string]*promiseEvent)}
-			m.disk = &modelDisk{names: make(map[string]*modelFile), durable: make(map[string]*modelFile)}
-			m.start(false)
-			synctest.Wait()
-			for i := 0; i+1 < min(len(schedule), 120); i += 2 {
-				m.step(schedule[i], schedule[i+1])
-			}
-			m.check()
-		})
-	})
+	f.Fuzz(promiseSchedule)
+}
+
+// TestRow24Promises runs schedules drawn at random, which is quicker than fuzzing: OFFLOADHOOK_FULL=1 runs a million.
+func TestRow24Promises(t *testing.T) {
+	count := 2000
+	if os.Getenv("OFFLOADHOOK_FULL") != "" {
+		count = 1_000_000
+	}
+	for seed := range count {
+		random := rand.New(rand.NewPCG(uint64(seed), 24))
+		schedule := make([]byte, 2*(1+random.IntN(40)))
+		for i := range schedule {
+			schedule[i] = byte(random.Uint32())
+		}
+		if promiseSchedule(t, schedule); t.Failed() {
+			t.Fatalf("seed %d: %v", seed, schedule)
+		}
+	}
 }
