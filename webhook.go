@@ -332,12 +332,12 @@ func (status refusal) Error() string { return "offloadhook: " + http.StatusText(
 // read returns the body of a request that may carry an event. The deadline comes before the checks, because net/http
 // drains the body of a request that was refused unread.
 func (r *Receiver) read(w http.ResponseWriter, req *http.Request) (body []byte, err error) {
-	control, bounded := http.NewResponseController(w), false
 	// Without a body, an expiring deadline would cancel the request. Server.ReadTimeout has set one that may be stricter.
 	if req.Body != nil && req.Body != http.NoBody {
 		server, _ := req.Context().Value(http.ServerContextKey).(*http.Server)
 		if server == nil || server.ReadTimeout <= 0 || server.ReadTimeout > bodyTimeout {
-			bounded = control.SetReadDeadline(time.Now().Add(bodyTimeout)) == nil // recorders do not support it
+			// Recorders do not support it. It ends with the body, so nothing need be reset.
+			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
 		}
 	}
 	switch {
@@ -362,9 +362,6 @@ func (r *Receiver) read(w http.ResponseWriter, req *http.Request) (body []byte, 
 	}
 	switch {
 	case err == io.EOF:
-		if bounded {
-			_ = control.SetReadDeadline(time.Time{})
-		}
 		return body, nil
 	case errors.As(err, new(*http.MaxBytesError)):
 		return body, refusal(http.StatusRequestEntityTooLarge)
@@ -765,8 +762,8 @@ func (r *Receiver) record(t *task) {
 	r.settle(t, err == nil || r.alive.Err() != nil || r.inbox == nil && t.records == doneAttempts)
 }
 
-// settle ends t, or lets it rest until the next attempt. While it rests it takes no part of the concurrency and, up to a
-// number, no room: it holds back the later events of its case and nothing else. mu is not held.
+// settle ends t, or lets it rest until the next attempt (promise 4). While it rests it takes no part of the concurrency
+// and, up to a number, no room: it holds back the later events of its case and nothing else. mu is not held.
 func (r *Receiver) settle(t *task, over bool) {
 	r.mu.Lock()
 	dead := r.alive.Err() != nil
