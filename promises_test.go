@@ -191,6 +191,7 @@ type promiseEvent struct {
 	returned bool // its callback has returned nil
 	recorded bool // and Done has recorded that
 	gaveUp   bool // it has lost its place
+	refused  bool // once; a crash may have kept it all the same, in the place of that delivery
 	running  *promiseNode
 }
 
@@ -287,7 +288,7 @@ func (n *promiseNode) begin(env *Envelope) (*promiseRun, error) {
 		if f.running == n {
 			m.fatalf("%s and %s run at once", f.id, e.id)
 		}
-		if f.acked > 0 && f.acked < e.acked && !f.returned && !f.gaveUp && !e.gaveUp {
+		if f.acked > 0 && f.acked < e.acked && !f.returned && !f.gaveUp && !e.gaveUp && !e.refused {
 			m.fatalf("%s overtakes %s", e.id, f.id)
 		}
 	}
@@ -341,13 +342,14 @@ func (m *promiseModel) deliver(e *promiseEvent) {
 		m.fatalf("%s: the delivery was not observed", e.id)
 	}
 	switch {
-	case err == nil && e.acked == 0:
+	case err != nil:
+		e.refused = true
+	case e.acked == 0 && (fresh || e.refused):
 		m.acks++
 		e.acked = m.acks
-		_ = fresh
-	case err == nil && fresh && e.recorded:
+	case fresh && e.recorded:
 		m.fatalf("%s is fresh after it was recorded", e.id)
-	case err == nil && !fresh && e.acked == 0:
+	case e.acked == 0:
 		m.fatalf("%s is a duplicate that was never taken", e.id)
 	}
 }
