@@ -1,0 +1,137 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"offloadhook"
+	"offloadhook/examples/redis/internal/redistest"
+)
+
+// TestProgram builds the program, sends it an event over HTTP, ends it in the orderly way and starts it again: the
+// event is a duplicate then.
+func TestProgram(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("there is no SIGTERM on Windows")
+	}
+	server, program := redistest.New(t), build(t)
+	body, err := offloadhook.Fixtures.ReadFile("testdata/case_completed_b.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []int{http.StatusAccepted, http.StatusOK} {
+		cmd := exec.Command(program, "-addr", "127.0.0.1:0")
+		cmd.Env = append(os.Environ(), "OFFLOAD_REDIS="+server.URL(), "OFFLOAD_TOKEN=secret")
+		stderr, err := cmd.StderrPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer cmd.Process.Kill()
+		stuck := time.AfterFunc(time.Minute, func() { cmd.Process.Kill() }) // ends the reading of its log
+		log := bufio.NewScanner(stderr)
+		next := func(msg string) (line map[string]string) {
+			for log.Scan() {
+				if line = nil; json.Unmarshal(log.Bytes(), &line) == nil && line["msg"] == msg {
+					return line
+				}
+			}
+			t.Fatalf("the program ends without %q", msg)
+			return nil
+		}
+		base := "http://" + next("listening")["addr"]
+		post := func(query string) int {
+			resp, err := http.Post(base+"/offload"+query, "application/json", bytes.NewReader(body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			return resp.StatusCode
+		}
+		if got := post(""); got != http.StatusUnauthorized {
+			t.Errorf("without the token: %d", got)
+		}
+		if got := post("?token=secret"); got != want {
+			t.Errorf("start %d: %d, want %d", i, got, want)
+		}
+		if want == http.StatusAccepted {
+			if line := next("completed"); line["event_id"] == "" {
+				t.Errorf("the log of the callback: %v", line)
+			}
+		}
+		resp, err := http.Get(base + "/readyz")
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			t.Errorf("/readyz: %d", resp.StatusCode)
+		}
+		cmd.Process.Signal(syscall.SIGTERM)
+		next("shutting down")
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("start %d: %v", i, err)
+		}
+		stuck.Stop()
+	}
+}
+
+// TestVolatileServer lets the program start on a server that is not durable only when it is told to.
+func TestVolatileServer(t *testing.T) {
+	server, program := redistest.New(t, "--appendfsync", "everysec"), build(t)
+	for _, test := range []struct {
+		args []string
+		last string // message of the log
+	}{
+		{nil, "exit"},
+		{[]string{"-allow-volatile"}, "listening"},
+	} {
+		cmd := exec.Command(program, append(test.args, "-addr", "127.0.0.1:0")...)
+		cmd.Env = append(os.Environ(), "OFFLOAD_REDIS="+server.URL(), "OFFLOAD_TOKEN=secret")
+		stderr, err := cmd.StderrPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		stuck := time.AfterFunc(time.Minute, func() { cmd.Process.Kill() }) // ends the reading of its log
+		told := false
+		line := make(map[string]string)
+		for log := bufio.NewScanner(stderr); line["msg"] != test.last && log.Scan(); {
+			clear(line)
+			_ = json.Unmarshal(log.Bytes(), &line)
+			told = told || strings.Contains(line["error"], `appendfsync is "everysec"`)
+		}
+		cmd.Process.Kill()
+		cmd.Wait()
+		stuck.Stop()
+		if line["msg"] != test.last || !told {
+			t.Errorf("%q: the log ends with %v, and tells what is wrong: %t", test.args, line, told)
+		}
+	}
+}
+
+func build(t *testing.T) (program string) {
+	t.Helper()
+	program = filepath.Join(t.TempDir(), "redis")
+	if runtime.GOOS == "windows" {
+		program += ".exe"
+	}
+	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v: %s", err, out)
+	}
+	return program
+}

@@ -1,0 +1,600 @@
+package redisinbox
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9/logging"
+
+	"offloadhook"
+	"offloadhook/examples/dedupetest"
+	"offloadhook/examples/redis/internal/redistest"
+)
+
+// The environment variable that tells a replica where Redis is.
+const urlEnv = "REDISINBOX_TEST_URL"
+
+func TestMain(m *testing.M) {
+	dedupetest.ServeReplica(func(cb offloadhook.Callbacks, opts ...offloadhook.Option) (
+		*offloadhook.Receiver, io.Closer, error) {
+		in, err := Open(context.Background(), os.Getenv(urlEnv), 0)
+		if err != nil {
+			return nil, nil, err
+		}
+		receiver := offloadhook.Handler(cb, append(opts, offloadhook.WithInbox(in))...)
+		in.Forward(receiver.Deliver)
+		return receiver, in, nil
+	})
+	if id := os.Getenv(hangEnv); id != "" {
+		hang(id)
+	}
+	logging.Disable() // of each server that is not there
+	os.Exit(m.Run())
+}
+
+func TestContract(t *testing.T) {
+	dedupetest.Run(t, func(t *testing.T) dedupetest.Store {
+		s := redistest.New(t)
+		return dedupetest.Store{
+			Open: func() (offloadhook.Deduper, error) {
+				return open(t.Context(), s.URL(), 0, soon, checkDurable)
+			},
+			Kill: func(d offloadhook.Deduper) error { d.(*Inbox).die(); return nil },
+			Rest: func() error {
+				client := s.Client()
+				defer client.Close()
+				ids, err := client.ZRange(t.Context(), prefix+"gave_up", 0, -1).Result()
+				for _, id := range ids {
+					err = errors.Join(err, client.ZIncrBy(t.Context(), prefix+"gave_up", -rest.Seconds()*1000, id).Err())
+				}
+				return err
+			},
+		}
+	})
+}
+
+// rounds returns how often the faults are brought about: as often as the environment variable OFFLOADHOOK_KILLS says.
+func rounds(t *testing.T, usual int) int {
+	text := os.Getenv("OFFLOADHOOK_KILLS")
+	if text == "" {
+		return usual
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestReplicas is three replicas behind a sender that takes them in turn.
+func TestReplicas(t *testing.T) {
+	// One is killed -9 every three seconds, and Redis once.
+	t.Run("kills", func(t *testing.T) {
+		s := redistest.New(t)
+		const rate, every = 300, 3
+		kills := rounds(t, 5)
+		report := dedupetest.Replicas{
+			Env:        []string{urlEnv + "=" + s.URL()},
+			Count:      3,
+			Events:     max(5000, rate*every*(kills+1)),
+			Rate:       rate,
+			Duplicates: 0.2,
+			Handling:   200 * time.Millisecond,
+			KillEvery:  every * time.Second,
+			Disturb:    func() error { s.Kill(); return s.Start() },
+			Left:       func() (int, error) { return left(s) },
+			Patience:   time.Minute,
+		}.Run(t)
+		if report.Kills < kills || report.Reruns == 0 {
+			t.Errorf("%d kills and %d reruns: this has not tested what it should", report.Kills, report.Reruns)
+		}
+		checkAudit(t, s, report)
+	})
+	// None dies: the events of a case run in order, though each replica receives only every third.
+	t.Run("order", func(t *testing.T) {
+		s := redistest.New(t)
+		report := dedupetest.Replicas{
+			Env:        []string{urlEnv + "=" + s.URL()},
+			Count:      3,
+			Events:     5000,
+			Duplicates: 0.2,
+			Handling:   30 * time.Millisecond,
+			Left:       func() (int, error) { return left(s) },
+			Patience:   time.Minute,
+		}.Run(t)
+		checkAudit(t, s, report)
+	})
+}
+
+// checkAudit reads in the server's log of all that was ever written that of every acknowledged event one end was
+// recorded, and checks that nothing else is left.
+func checkAudit(t *testing.T, s *redistest.Server, report dedupetest.Report) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(s.Dir, "appendonlydir", "*.incr.aof"))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("the logs are %q: %v", files, err)
+	}
+	text, err := os.ReadFile(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends []string
+	for line := range strings.Lines(string(text)) {
+		if id, ok := strings.CutPrefix(strings.TrimSpace(line), prefix+"done:"); ok {
+			ends = append(ends, id)
+		}
+	}
+	slices.Sort(ends)
+	if !slices.Equal(ends, report.Acknowledged) {
+		t.Errorf("the ends of %d events are recorded, of which %d are different; %d are acknowledged",
+			len(ends), len(slices.Compact(slices.Clone(ends))), len(report.Acknowledged))
+	}
+	for _, pattern := range []string{"case:*", "owner:*", "new:*", "gave_up"} {
+		if keys, err := s.Keys(prefix + pattern); len(keys) > 0 || err != nil {
+			t.Errorf("left behind are %q: %v", keys, err)
+		}
+	}
+}
+
+func left(s *redistest.Server) (int, error) {
+	keys, err := s.Keys(prefix + "event:*")
+	return len(keys), err
+}
+
+// TestKilled kills a process in the middle of a callback: another runs the event.
+func TestKilled(t *testing.T) {
+	s := redistest.New(t)
+	heir := newReceiver(t, s)
+	for i := range rounds(t, 1) {
+		id := fmt.Sprintf("evt_%d", i)
+		child := exec.Command(os.Args[0])
+		child.Env = append(os.Environ(), urlEnv+"="+s.URL(), hangEnv+"="+id)
+		child.Stderr = os.Stderr
+		stdout, err := child.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "running\n" {
+			t.Fatalf("the child says %q: %v", line, err)
+		}
+		_ = child.Process.Kill()
+		_ = child.Wait()
+		killed := time.Now()
+		heir.await(t, id)
+		t.Logf("taken over after %v", time.Since(killed).Round(100*time.Millisecond))
+	}
+}
+
+// hangEnv makes the test binary a process whose callback does not return; its value is the id of the event.
+const hangEnv = "REDISINBOX_TEST_HANG"
+
+func hang(id string) {
+	in, err := Open(context.Background(), os.Getenv(urlEnv), 0)
+	if err != nil {
+		panic(err)
+	}
+	receiver := offloadhook.Handler(offloadhook.Callbacks{
+		Other: func(context.Context, *offloadhook.Envelope) error {
+			fmt.Println("running")
+			select {}
+		},
+	}, offloadhook.WithInbox(in))
+	if fresh, err := receiver.Deliver(context.Background(), newEvent(id, id).Raw); !fresh {
+		panic(err)
+	}
+	select {}
+}
+
+// TestSlow leaves an event unfinished for longer than it takes to find a dead owner: its owner keeps it.
+func TestSlow(t *testing.T) {
+	s := redistest.New(t)
+	slow, other := newInbox(t, s, soon), newInbox(t, s, soon)
+	mustClaim(t, slow, "evt_slow", "case_1")
+	buryOne(t, s, other)
+	if got := pendingIDs(t, slow); !slices.Equal(got, []string{"evt_slow"}) {
+		t.Errorf("the slow owner has %q", got)
+	}
+}
+
+// buryOne lets an owner die, and returns when in has taken over from it, so it has looked for other dead as well.
+func buryOne(t *testing.T, s *redistest.Server, in *Inbox) {
+	t.Helper()
+	dead := newInbox(t, s, soon)
+	id := "evt_of_" + dead.owner
+	mustClaim(t, dead, id, id)
+	dead.die()
+	awaitPending(t, in, id)
+	mustDone(t, in, id, nil)
+}
+
+// TestServerAway keeps the server away for longer than a lease, killed or stalled: everyone has what they had, and a
+// claim that was under way gets its answer when the server is back.
+func TestServerAway(t *testing.T) {
+	for name, leave := range map[string]func(t *testing.T, s *redistest.Server) (back func()){
+		"killed": func(t *testing.T, s *redistest.Server) func() {
+			s.Kill()
+			return func() {
+				if err := s.Start(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"stalled": func(t *testing.T, s *redistest.Server) func() {
+			s.Do(t, "CLIENT", "PAUSE", 60_000)
+			return func() { s.Do(t, "CLIENT", "UNPAUSE") }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := redistest.New(t)
+			a, b := newInbox(t, s, soon), newInbox(t, s, soon)
+			mustClaim(t, a, "evt_a", "case_1")
+			mustClaim(t, b, "evt_b", "case_2")
+			back := leave(t, s)
+			claimed := make(chan error)
+			go func() {
+				ctx, cancel := context.WithTimeout(t.Context(), patience)
+				defer cancel()
+				fresh, err := a.Claim(ctx, newEvent("evt_late", "case_1"))
+				if err == nil && !fresh {
+					err = errors.New("not fresh")
+				}
+				claimed <- err
+			}()
+			ctx, cancel := context.WithTimeout(t.Context(), 2*leaseBeats*soon)
+			defer cancel()
+			if fresh, err := b.Claim(ctx, newEvent("evt_refused", "case_3")); fresh || err == nil {
+				t.Errorf("Claim while the server is away: %t, %v", fresh, err)
+			}
+			back()
+			if err := <-claimed; err != nil {
+				t.Errorf("a claim that was waiting for the server: %v", err)
+			}
+			buryOne(t, s, b)
+			if got := pendingIDs(t, a); !slices.Equal(got, []string{"evt_a", "evt_late"}) {
+				t.Errorf("one owner has %q", got)
+			}
+			// What was refused may have been stored all the same, and is then handled.
+			if got := pendingIDs(t, b); !slices.Equal(got[:1], []string{"evt_b"}) {
+				t.Errorf("the other owner has %q", got)
+			}
+		})
+	}
+}
+
+// TestRepeatedClaim repeats a claim whose answer was lost: it is the same one, and not a duplicate.
+func TestRepeatedClaim(t *testing.T) {
+	in := newInbox(t, redistest.New(t), soon)
+	for i, want := range []struct{ claim, answer string }{{"first", "1"}, {"first", "1"}, {"second", "0"}} {
+		answer, err := in.do(t.Context(), script, "claim", "evt_1", "case", "{}", want.claim)
+		if fmt.Sprint(answer) != want.answer || err != nil {
+			t.Errorf("claim %d: %v, %v, want %s", i, answer, err, want.answer)
+		}
+	}
+}
+
+// TestOneOwnerPerCase gives the events of a case to the replica that has unfinished ones of it, in the order of their
+// claims.
+func TestOneOwnerPerCase(t *testing.T) {
+	s := redistest.New(t)
+	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
+	mustClaim(t, a, "evt_1", "case")
+	for _, id := range []string{"evt_2", "evt_3"} {
+		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
+			t.Errorf("%s, at another replica than evt_1: %t, %v", id, fresh, err)
+		}
+	}
+	// At the replica that has evt_1, too, the next event has to wait until its receiver knows of those between.
+	if fresh, err := a.Claim(t.Context(), newEvent("evt_4", "case")); fresh || err != nil {
+		t.Errorf("evt_4, behind others that are not handed over: %t, %v", fresh, err)
+	}
+	if got := pendingIDs(t, b); len(got) > 0 {
+		t.Errorf("the other replica has %q", got)
+	}
+	forwardAll(t, a, "evt_2", "evt_3", "evt_4")
+	mustClaim(t, a, "evt_5", "case")
+	for _, id := range []string{"evt_1", "evt_2", "evt_3", "evt_4", "evt_5"} {
+		mustDone(t, a, id, nil)
+	}
+	mustClaim(t, b, "evt_6", "case")
+}
+
+// forwardAll lets in forward the events of ids, and checks that it does so in that order.
+func forwardAll(t *testing.T, in *Inbox, ids ...string) {
+	t.Helper()
+	var delivered []string
+	all := make(chan struct{})
+	in.Forward(func(ctx context.Context, body []byte) (bool, error) {
+		env, err := offloadhook.ParseEnvelope(body)
+		if err != nil {
+			return false, err
+		}
+		if delivered = append(delivered, env.EventID); len(delivered) == len(ids) {
+			close(all)
+		}
+		return in.Claim(ctx, env)
+	})
+	select {
+	case <-all:
+	case <-time.After(patience):
+		t.Fatal("not all is forwarded")
+	}
+	if !slices.Equal(delivered, ids) {
+		t.Errorf("forwarded are %.100q, want %.100q", delivered, ids)
+	}
+	in.handing.Lock() // until the last page is noted
+	defer in.handing.Unlock()
+}
+
+// TestInheritMany takes over more events than are moved in one step: none is forwarded out of order.
+func TestInheritMany(t *testing.T) {
+	s := redistest.New(t)
+	dead, heir := newInbox(t, s, soon), newInbox(t, s, soon)
+	var ids []string
+	for i := range 2*many + 10 {
+		id := fmt.Sprintf("evt_%04d", i)
+		mustClaim(t, dead, id, fmt.Sprintf("case_%d", i%7))
+		ids = append(ids, id)
+	}
+	dead.die()
+	forwardAll(t, heir, ids...)
+	if got := pendingIDs(t, heir); !slices.Equal(got, ids) {
+		t.Errorf("the heir has %d events, want %d in order", len(got), len(ids))
+	}
+	if owners := s.Do(t, "ZCARD", prefix+"owners"); owners != int64(1) {
+		t.Errorf("%v owners are left", owners)
+	}
+}
+
+// TestServerKilled kills Redis in the middle of requests: they are refused while it is away, and what was acknowledged
+// is handled, once.
+func TestServerKilled(t *testing.T) {
+	s := redistest.New(t)
+	r := newReceiver(t, s)
+	web := httptest.NewServer(r)
+	defer web.Close()
+	post := func(id string) int {
+		resp, err := web.Client().Post(web.URL, "application/json", bytes.NewReader(newEvent(id, id).Raw))
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		resp.Body.Close()
+		return resp.StatusCode
+	}
+	for round := range rounds(t, 2) {
+		var senders sync.WaitGroup
+		var mu sync.Mutex // protects what follows
+		var acknowledged []string
+		var refused int
+		half := make(chan struct{})
+		for n := range 8 {
+			senders.Go(func() {
+				for i := 0; ; i++ {
+					id := fmt.Sprintf("evt_%d_%d_%d", round, n, i)
+					status := post(id)
+					mu.Lock()
+					switch status {
+					case http.StatusAccepted:
+						acknowledged = append(acknowledged, id)
+						if len(acknowledged) == 200 {
+							close(half)
+						}
+					case http.StatusServiceUnavailable:
+						refused++
+					default:
+						t.Errorf("%s: status %d", id, status)
+					}
+					enough := status != http.StatusAccepted
+					mu.Unlock()
+					if enough {
+						return
+					}
+				}
+			})
+		}
+		<-half
+		s.Kill()
+		senders.Wait() // each has met a 503
+		if err := s.Start(); err != nil {
+			t.Fatal(err)
+		}
+		last := fmt.Sprintf("evt_%d_last", round)
+		for start := time.Now(); post(last)/100 != 2; time.Sleep(20 * time.Millisecond) {
+			if time.Since(start) > patience {
+				t.Fatal("Redis is back, and events are still refused")
+			}
+		}
+		r.await(t, append(acknowledged, last)...)
+		t.Logf("%d acknowledged, %d refused", len(acknowledged), refused)
+	}
+	for id, n := range r.counts() {
+		if n != 1 {
+			t.Errorf("the callback of %s ran %d times", id, n)
+		}
+	}
+}
+
+// TestServerFull fills the memory of Redis: events are refused whole, and those that are in can still end.
+func TestServerFull(t *testing.T) {
+	s := redistest.New(t)
+	in := newInbox(t, s, soon)
+	mustClaim(t, in, "evt_in", "case")
+	mustClaim(t, in, "evt_failing", "case")
+	s.Do(t, "CONFIG", "SET", "maxmemory", "1")
+	before, err := s.Keys("*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fresh, err := in.Claim(t.Context(), newEvent("evt_out", "case")); fresh || err == nil {
+		t.Errorf("Claim: %t, %v", fresh, err)
+	}
+	if after, err := s.Keys("*"); len(after) != len(before) || err != nil {
+		t.Errorf("a refused claim has left something: %q, %q, %v", before, after, err)
+	}
+	mustDone(t, in, "evt_in", nil)
+	mustDone(t, in, "evt_failing", errors.New("failed"))
+	other := newInbox(t, s, soon)
+	awaitPending(t, other, "evt_failing")
+	s.Do(t, "CONFIG", "SET", "maxmemory", "0")
+	mustClaim(t, in, "evt_out", "another case")
+}
+
+// TestRetention lets the ids of events that are done expire, and nothing else.
+func TestRetention(t *testing.T) {
+	s := redistest.New(t)
+	in, err := open(t.Context(), s.URL(), 50*time.Millisecond, soon, checkDurable)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	mustClaim(t, in, "evt_done", "case_1")
+	mustClaim(t, in, "evt_open", "case_2")
+	mustClaim(t, in, "evt_failed", "case_3")
+	mustDone(t, in, "evt_done", nil)
+	mustDone(t, in, "evt_failed", errors.New("failed"))
+	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		done, err := s.Keys(prefix + "done:*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(done) == 0 {
+			break
+		}
+		if time.Since(start) > patience {
+			t.Fatalf("left are %q", done)
+		}
+	}
+	mustClaim(t, in, "evt_done", "case_1")
+	for _, key := range []string{"event:evt_open", "event:evt_failed", "case:case_2", "gave_up", "seq", "owner:" + in.owner} {
+		if ttl := s.Do(t, "PTTL", prefix+key); ttl != int64(-1) {
+			t.Errorf("PTTL of %s: %v, want -1, for ever", key, ttl)
+		}
+	}
+	thirtyDays := newInbox(t, s, soon)
+	mustClaim(t, thirtyDays, "evt_kept", "case_4")
+	mustDone(t, thirtyDays, "evt_kept", nil)
+	const day = int64(24 * time.Hour / time.Millisecond)
+	if ttl, _ := s.Do(t, "PTTL", prefix+"done:evt_kept").(int64); ttl < 29*day || ttl > 30*day {
+		t.Errorf("PTTL by default: %v, want about 30 days", ttl)
+	}
+}
+
+// TestLostBody reports an event that the server has dropped, once, and goes on.
+func TestLostBody(t *testing.T) {
+	s := redistest.New(t)
+	in := newInbox(t, s, soon)
+	mustClaim(t, in, "evt_lost", "case_1")
+	mustClaim(t, in, "evt_kept", "case_2")
+	s.Do(t, "DEL", prefix+"event:evt_lost")
+	for i, want := range []int{1, 0} {
+		var reported int
+		var ids []string
+		for env, err := range in.Pending(t.Context()) {
+			if err != nil {
+				reported++
+				continue
+			}
+			ids = append(ids, env.EventID)
+		}
+		if reported != want || !slices.Equal(ids, []string{"evt_kept"}) {
+			t.Errorf("reading %d: %d errors and %q", i, reported, ids)
+		}
+	}
+}
+
+// TestVolatile refuses servers that would lose what they acknowledge.
+func TestVolatile(t *testing.T) {
+	for _, test := range []struct {
+		setting, value, text string // what is wrong, and what the error says of it
+	}{
+		{"appendonly", "no", `appendonly is "no", want "yes"`},
+		{"appendfsync", "everysec", `appendfsync is "everysec", want "always"`},
+		{"appendfsync", "no", `appendfsync is "no", want "always"`},
+		{"no-appendfsync-on-rewrite", "yes", `no-appendfsync-on-rewrite is "yes", want "no"`},
+		{"maxmemory-policy", "allkeys-lru", `maxmemory-policy is "allkeys-lru", want "noeviction"`},
+		{"maxmemory-policy", "volatile-ttl", `maxmemory-policy is "volatile-ttl", want "noeviction"`},
+		{"rename-command", "CONFIG hidden", "does not tell its settings"},
+	} {
+		t.Run(test.setting+" "+test.value, func(t *testing.T) {
+			s := redistest.New(t, append([]string{"--" + test.setting}, strings.Fields(test.value)...)...)
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			in, err := Open(ctx, s.URL(), 0)
+			if err == nil {
+				in.Close()
+			}
+			if !errors.Is(err, ErrVolatile) || !strings.Contains(fmt.Sprint(err), test.text) {
+				t.Errorf("Open: %v, want %q", err, test.text)
+			}
+			if in, err = OpenVolatile(ctx, s.URL(), 0); err != nil {
+				t.Fatalf("OpenVolatile: %v", err)
+			}
+			defer in.Close()
+			mustClaim(t, in, "evt_1", "case")
+		})
+	}
+	t.Run("after a restart", func(t *testing.T) {
+		s := redistest.New(t)
+		in := newInbox(t, s, soon)
+		mustClaim(t, in, "evt_1", "case_1")
+		s.Kill()
+		s.Settings = []string{"--appendfsync", "everysec"}
+		if err := s.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if fresh, err := in.Claim(t.Context(), newEvent("evt_2", "case_2")); fresh || !errors.Is(err, ErrVolatile) {
+			t.Errorf("Claim: %t, %v", fresh, err)
+		}
+	})
+}
+
+// TestOpen fails where there is no server, and says nothing of a password.
+func TestOpen(t *testing.T) {
+	for _, url := range []string{"redis://user:secret@127.0.0.1:1/0", "postgres://user:secret@127.0.0.1/0", ":secret"} {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		in, err := Open(ctx, url, 0)
+		cancel()
+		if err == nil {
+			in.Close()
+		}
+		if err == nil || strings.Contains(err.Error(), "secret") {
+			t.Errorf("Open: %v", err)
+		}
+	}
+}
+
+// TestClose refuses what comes later, and leaves the events to others at once.
+func TestClose(t *testing.T) {
+	s := redistest.New(t)
+	in, next := newInbox(t, s, renewEvery), newInbox(t, s, soon)
+	mustClaim(t, in, "evt_1", "case_1")
+	if err := in.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := in.Claim(t.Context(), newEvent("evt_2", "case_2")); !errors.Is(err, offloadhook.ErrClosed) {
+		t.Errorf("Claim: %v, want ErrClosed", err)
+	}
+	start := time.Now()
+	awaitPending(t, next, "evt_1")
+	if took := time.Since(start); took > leaseBeats*renewEvery {
+		t.Errorf("taken over after %v", took)
+	}
+}
