@@ -91,16 +91,7 @@ func serveReplica(name string,
 			note("end", env)
 			return nil
 		},
-	}, offloadhook.WithObserver(func(_ context.Context, o offloadhook.Observation) {
-		switch o.Outcome {
-		case offloadhook.Handled:
-			note("handled", o.Envelope)
-		case offloadhook.StoreFailed:
-			if o.Envelope != nil {
-				note("failed", o.Envelope)
-			}
-		}
-	}))
+	})
 	if err != nil {
 		return err
 	}
@@ -379,49 +370,40 @@ func (run *replicasRun) notes(t *testing.T) (list []note) {
 	return list
 }
 
-// check reads the log: callbacks run again only after their replica was killed, and before that was recorded; while
-// none is killed, the events of a case run one after the other, in order.
+// check reads the log: callbacks run again only after the replica that ran them was killed, and before that had gone on
+// to a later event of the case; while none is killed, the events of a case run one after the other, in order.
 func (run *replicasRun) check(t *testing.T) {
-	type history struct {
-		runs     []int // the processes that have run it
-		recorded bool
-		failed   bool // its Done failed once: "handled" is then no proof
+	type place struct {
+		caseID string
+		pid    int
 	}
-	events := make(map[string]*history)
+	runs := make(map[string]int)       // by event: the process that ran it last
+	latest := make(map[place]string)   // by case and process: the event that started last
 	running := make(map[string]string) // by case
-	last := make(map[string]string)
+	last := make(map[string]string)    // by case
 	for _, n := range run.notes(t) {
-		e := events[n.id]
-		if e == nil {
-			e = new(history)
-			events[n.id] = e
-		}
 		caseID := n.id[:strings.LastIndex(n.id, "_")]
-		switch n.what {
-		case "start":
-			if e.recorded {
-				t.Errorf("%s runs again after it was recorded", n.id)
-			}
-			if len(e.runs) > 0 {
-				run.report.Reruns++
-				if before := e.runs[len(e.runs)-1]; !run.killed[before] {
-					t.Errorf("%s runs again, though process %d, which ran it before, was not killed", n.id, before)
-				}
-			}
-			e.runs = append(e.runs, n.pid)
-			if run.KillEvery == 0 && running[caseID] != "" {
-				t.Errorf("%s starts while %s is running", n.id, running[caseID])
-			}
-			if run.KillEvery == 0 && n.id <= last[caseID] {
-				t.Errorf("%s starts after %s", n.id, last[caseID])
-			}
-			running[caseID], last[caseID] = n.id, n.id
-		case "end":
+		if n.what == "end" {
 			running[caseID] = ""
-		case "failed":
-			e.failed = true
-		case "handled":
-			e.recorded = !e.failed
+			continue
 		}
+		if before, again := runs[n.id]; again {
+			run.report.Reruns++
+			if !run.killed[before] {
+				t.Errorf("%s runs again, though process %d, which ran it before, was not killed", n.id, before)
+			}
+			if latest[place{caseID, before}] != n.id {
+				t.Errorf("%s runs again, though process %d, which ran it before, had gone on to %s",
+					n.id, before, latest[place{caseID, before}])
+			}
+		}
+		if run.KillEvery == 0 && running[caseID] != "" {
+			t.Errorf("%s starts while %s is running", n.id, running[caseID])
+		}
+		if run.KillEvery == 0 && n.id <= last[caseID] {
+			t.Errorf("%s starts after %s", n.id, last[caseID])
+		}
+		runs[n.id], latest[place{caseID, n.pid}] = n.pid, n.id
+		running[caseID], last[caseID] = n.id, n.id
 	}
 }

@@ -333,7 +333,7 @@ func (in *Inbox) living(ctx context.Context) error {
 	case <-ctx.Done():
 		in.mu.Lock()
 		defer in.mu.Unlock()
-		return fmt.Errorf("pginbox: no session with the database: %w: %w", ctx.Err(), in.failed)
+		return fmt.Errorf("pginbox: no session with the database: %w", errors.Join(ctx.Err(), in.failed))
 	}
 }
 
