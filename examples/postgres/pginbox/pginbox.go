@@ -437,19 +437,24 @@ func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) e
 		if free[owner]++; free[owner] < deathLooks {
 			continue
 		}
-		// The lock is tried once more, and kept while its owner's events get another.
-		var batch pgx.Batch
-		batch.Queue(`SELECT pg_advisory_xact_lock($1, 0)`, claimsLock)
-		batch.Queue(`WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure)
-			UPDATE offload_events SET owner = $3, handed = false FROM dead WHERE owner = $2 AND sure`,
-			int32(in.table), owner, in.owner)
-		if err := conn.SendBatch(ctx, &batch).Close(); err != nil {
+		if err := in.takeOver(ctx, conn, owner); err != nil {
 			return err
 		}
 	}
 	_, err = conn.Exec(ctx, `DELETE FROM offload_events WHERE event_id IN (SELECT event_id FROM offload_events
 		WHERE done_at < now() - make_interval(secs => $1) LIMIT 1000 FOR UPDATE SKIP LOCKED)`, in.retention.Seconds())
 	return err
+}
+
+// takeOver gives the events of dead another owner, unless it lives after all: its lock is tried once more, and kept
+// meanwhile.
+func (in *Inbox) takeOver(ctx context.Context, conn *pgx.Conn, dead int32) error {
+	var batch pgx.Batch
+	batch.Queue(`SELECT pg_advisory_xact_lock($1, 0)`, claimsLock)
+	batch.Queue(`WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure)
+		UPDATE offload_events SET owner = $3, handed = false FROM dead WHERE owner = $2 AND sure`,
+		int32(in.table), dead, in.owner)
+	return conn.SendBatch(ctx, &batch).Close()
 }
 
 // forward delivers what other replicas have received for this one, and what the dead had not finished.

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"offloadhook"
 	"offloadhook/examples/dedupetest"
 	"offloadhook/examples/postgres/internal/pgtest"
@@ -215,6 +217,69 @@ func TestSessionLost(t *testing.T) {
 	}
 }
 
+// TestSessionInTheWay is an owner whose earlier session is still there for the server, because it broke unnoticed.
+func TestSessionInTheWay(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	in := newInbox(t, url, never)
+	mustClaim(t, in, "evt_kept", "case_1")
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	locked := make(chan error, 1)
+	go func() {
+		_, err := conn.Exec(t.Context(), `SELECT pg_advisory_lock($1, $2)`, int32(in.table), in.owner)
+		locked <- err
+	}()
+	const waiting = `SELECT count(*) FROM pg_locks
+		WHERE locktype = 'advisory' AND classid = $1 AND objid = $2 AND NOT granted`
+	for start := time.Now(); pgtest.Query[int](t, url, waiting, in.table, in.owner)[0] == 0; {
+		if time.Since(start) > patience {
+			t.Fatal("nobody waits for the lock")
+		}
+	}
+	pgtest.Query[bool](t, url, `SELECT pg_terminate_backend(pid) FROM pg_locks
+		WHERE locktype = 'advisory' AND classid = $1 AND objid = $2 AND granted`, in.table, in.owner)
+	if err := <-locked; err != nil {
+		t.Fatal(err)
+	}
+	for start := time.Now(); conn.Ping(t.Context()) == nil; time.Sleep(soon) {
+		if time.Since(start) > patience {
+			t.Fatal("the owner does not end the session that is in its way")
+		}
+	}
+	mustClaim(t, in, "evt_more", "case_2")
+	if got := pendingIDs(t, in); !slices.Equal(got, []string{"evt_kept", "evt_more"}) {
+		t.Errorf("the owner has %q", got)
+	}
+}
+
+// TestTakeOverOfTheLiving tries to take over from an owner that was thought dead, and is not.
+func TestTakeOverOfTheLiving(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	living, heir := newInbox(t, url, never), newInbox(t, url, never)
+	mustClaim(t, living, "evt_1", "case")
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	if err := heir.takeOver(t.Context(), conn, living.owner); err != nil {
+		t.Fatal(err)
+	}
+	if got := pendingIDs(t, living); !slices.Equal(got, []string{"evt_1"}) {
+		t.Errorf("the living owner has %q", got)
+	}
+	living.die()
+	if err := heir.takeOver(t.Context(), conn, living.owner); err != nil {
+		t.Fatal(err)
+	}
+	if got := pendingIDs(t, heir); !slices.Equal(got, []string{"evt_1"}) {
+		t.Errorf("the heir has %q", got)
+	}
+}
+
 // buryOne lets an owner die, and returns when in has taken over from it, so it has looked for other dead as well.
 func buryOne(t *testing.T, url string, in *Inbox) {
 	t.Helper()
@@ -268,6 +333,85 @@ func TestOneOwnerPerCase(t *testing.T) {
 		mustDone(t, a, id, nil)
 	}
 	mustClaim(t, b, "evt_5", "case")
+}
+
+// TestOneOwnerPerCaseRace brings new events, and some that were given up, to cases from all sides at once: no case has
+// two owners.
+func TestOneOwnerPerCaseRace(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	a, b := newInbox(t, url, never), newInbox(t, url, never)
+	const cases = 100
+	for i := range cases {
+		id, caseID := fmt.Sprintf("evt_failed_%d", i), fmt.Sprintf("case_%d", i)
+		mustClaim(t, a, id, caseID)
+		mustDone(t, a, id, errors.New("failed"))
+	}
+	var group sync.WaitGroup
+	for name, in := range map[string]*Inbox{"a": a, "b": b} {
+		for half := range 2 {
+			group.Go(func() {
+				for i := half; i < cases; i += 2 {
+					id, caseID := fmt.Sprintf("evt_%s_%d", name, i), fmt.Sprintf("case_%d", i)
+					if _, err := in.Claim(t.Context(), newEvent(id, caseID)); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+	}
+	group.Go(func() { pendingIDs(t, newInbox(t, url, never)) })
+	group.Wait()
+	split := pgtest.Query[string](t, url, `SELECT case_id FROM offload_events WHERE owner IS NOT NULL
+		GROUP BY case_id HAVING count(DISTINCT owner) > 1`)
+	if len(split) > 0 {
+		t.Errorf("%d cases have two owners: %q", len(split), split)
+	}
+}
+
+// TestGivenUpCase brings an event that was given up back to the owner of its case, whichever instance starts.
+func TestGivenUpCase(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	a := newInbox(t, url, never)
+	pendingIDs(t, a)
+	mustClaim(t, a, "evt_1", "case")
+	mustDone(t, a, "evt_1", errors.New("failed"))
+	mustClaim(t, a, "evt_2", "case")
+	if got := pendingIDs(t, newInbox(t, url, never)); len(got) > 0 {
+		t.Errorf("the instance that starts has %q", got)
+	}
+	if got := pendingIDs(t, a); !slices.Equal(got, []string{"evt_2", "evt_1"}) {
+		t.Errorf("the owner of the case has %q", got)
+	}
+}
+
+// TestPendingWaitsForForward reads Pending while an event is being handed over: the receiver may leave it to the Inbox,
+// so the reading must have it.
+func TestPendingWaitsForForward(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	a, b := newInbox(t, url, never), newInbox(t, url, never)
+	mustClaim(t, a, "evt_1", "case")
+	read := make(chan []string, 1)
+	early := make(chan bool, 1)
+	a.Forward(func(ctx context.Context, body []byte) (bool, error) {
+		go func() { read <- pendingIDs(t, a) }()
+		select {
+		case got := <-read:
+			read <- got
+			early <- true
+		case <-time.After(200 * time.Millisecond): // far longer than it takes
+			early <- false
+		}
+		return true, nil
+	})
+	if fresh, err := b.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
+		t.Fatalf("evt_2, at another replica than evt_1: %t, %v", fresh, err)
+	}
+	if <-early {
+		t.Error("Pending did not wait")
+	}
+	if got := <-read; !slices.Equal(got, []string{"evt_1", "evt_2"}) {
+		t.Errorf("Pending has %q", got)
+	}
 }
 
 // TestDatabaseKilled kills the database in the middle of requests: they are refused while it is away, and what was
