@@ -186,9 +186,9 @@ func (s *idSet) drop() {
 
 // Journal is the Inbox for one process with a local disk: an append-only text file in a directory of its own, a record
 // a line: a checksum (CRC-32C in hex), a space, and JSON. {"id":…,"at":…,"event":…} is a claim with the body as it was
-// received, or "base64" where that has line breaks or white space around it; {"done":…,"at":…} is its end; times are Unix milliseconds.
-// Compaction keeps of a finished event {"sha256":…,"at":…}, the first half of the hash of its id, and ends the copy with
-// {"copied":…}.
+// received, or "base64" where that has line breaks or white space around it; {"done":…,"at":…} is its end; times are Unix
+// milliseconds. Compaction keeps of a finished event {"sha256":…,"at":…}, the first half of the hash of its id, and ends
+// the copy with {"copied":…}.
 //
 // OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. One
 // Journal at a time uses a directory: a later one takes over, and the earlier one refuses from then on.
@@ -200,7 +200,7 @@ type Journal struct {
 	commits    sync.Mutex // held while the file is synced or replaced; locked before mu
 	compaction sync.WaitGroup
 
-	mu         sync.Mutex // protects what follows; held during no fsync but the one that ends a compaction
+	mu         sync.Mutex // protects what follows; held during no fsync but those that end a compaction
 	closed     error      // set for good when the journal is closed, or another's
 	bad        error      // an fsync has failed, or a torn record could not be cut off: never use file again
 	file       diskFile
@@ -460,7 +460,7 @@ func (j *Journal) read(c *claim) (record, error) {
 }
 
 func (j *Journal) damageAt(gen int, off int64) error {
-	return fmt.Errorf("offloadhook: journal: %s: damaged record at byte %d; the file will be kept as *.damaged", j.path(gen), off)
+	return fmt.Errorf("offloadhook: journal: %s: damaged record at byte %d; will be kept as *.damaged", j.path(gen), off)
 }
 
 // commit makes durable the claims of g, and those that come until it is its turn.
@@ -474,9 +474,12 @@ func (j *Journal) commit(g *group) {
 		bad = j.renew(true)
 		j.mu.Lock()
 	}
-	err := cmp.Or(g.err, j.closed, bad) // g.err: a write has failed
-	if err == nil {
+	err := cmp.Or(g.err, j.closed, bad)
+	switch {
+	case err == nil:
 		err = j.write()
+	case g.err == nil:
+		j.refuse(err)
 	}
 	if j.group == g {
 		j.group = nil
@@ -591,8 +594,8 @@ func (j *Journal) open() error {
 			return err
 		}
 	}
-	err := fs.ErrNotExist
-	for errors.Is(err, fs.ErrNotExist) { // another opener has just ended its copy
+	err := j.load(dst.gen)
+	for i := 0; i < 10 && errors.Is(err, fs.ErrNotExist); i++ { // another opener has just ended its copy
 		err = j.load(dst.gen)
 	}
 	if err != nil {
@@ -703,11 +706,18 @@ func (j *Journal) replace(dst *copying, still bool) (err error) {
 	for more := true; more && err == nil; {
 		more, err = j.copySome(dst, true)
 	}
-	end := appendRecord(nil, "copied", quote(filepath.Base(j.path(j.gen))), time.Now().UnixMilli(), nil)
-	if err == nil {
-		_, err = dst.file.WriteAt(end, dst.size)
-	}
 	if err = cmp.Or(err, dst.file.Sync(), j.disk.syncDir(j.dir), j.owns()); err != nil {
+		return err
+	}
+	end := appendRecord(nil, "copied", quote(filepath.Base(j.path(j.gen))), time.Now().UnixMilli(), nil)
+	if _, err = dst.file.WriteAt(end, dst.size); err == nil {
+		err = dst.file.Sync()
+	}
+	if err != nil {
+		// If the copy may pass for whole at the next opening, nothing more may be acknowledged outside of it.
+		if cut := cmp.Or(dst.file.Truncate(0), dst.file.Sync()); cut != nil {
+			j.bad = fmt.Errorf("offloadhook: journal: %w", err)
+		}
 		return err
 	}
 	for _, c := range j.claims {
@@ -718,7 +728,7 @@ func (j *Journal) replace(dst *copying, still bool) (err error) {
 		_ = src.Close()
 	}
 	gens, err := j.generations()
-	for i := 0; err == nil && gens[i] < j.gen; i++ { // in ascending order: see owns
+	for i := 0; err == nil && i < len(gens) && gens[i] < j.gen; i++ { // in ascending order: see owns
 		if old := j.path(gens[i]); j.damaged[gens[i]] {
 			err = j.disk.rename(old, old+".damaged")
 		} else {

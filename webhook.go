@@ -186,7 +186,8 @@ func optionIf(valid bool, want string, o option) Option {
 // WithInbox.
 func WithDeduper(d Deduper) Option {
 	_, isInbox := d.(Inbox)
-	return optionIf(d != nil && !isInbox, "WithDeduper wants a Deduper that is no Inbox", func(r *Receiver) { r.store, r.inbox = d, nil })
+	return optionIf(d != nil && !isInbox, "WithDeduper wants a Deduper that is no Inbox",
+		func(r *Receiver) { r.store, r.inbox = d, nil })
 }
 
 // WithInbox sets what keeps the events durably, in place of a Deduper. It has a name of its own so that a wrapper
@@ -712,7 +713,8 @@ func (cb *Callbacks) call(ctx context.Context, env *Envelope) (outcome Outcome, 
 	return Handled, drift
 }
 
-func callTyped[T any](ctx context.Context, env *Envelope, f func(context.Context, *Envelope, *T) error) (taken bool, drift, err error) {
+func callTyped[T any](ctx context.Context, env *Envelope, f func(context.Context, *Envelope, *T) error) (
+	taken bool, drift, err error) {
 	payload, drift := decode[T](env)
 	if drift != nil || f == nil {
 		return false, drift, nil
