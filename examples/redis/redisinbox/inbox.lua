@@ -2,7 +2,7 @@
 --
 -- KEYS[1] is the prefix of all keys. ARGV holds the name of a step, the owner that calls, and the step's arguments.
 --
---   event:<id>   hash: body, as received; case, if it has one; owner, or '' when it was given up; call, which claimed it
+--   event:<id>   hash: body, as received; case, if it has one; owner, '' when it was given up; call, which claimed it
 --   done:<id>    string: it is done. Expires after the retention
 --   case:<case>  hash: the owner of its unfinished events, how many events there are, and how many of those are new
 --   owner:<o>    sorted set: the ids of the owner's unfinished events, by the order of the claims
@@ -71,8 +71,9 @@ function step.expired(lease)
 	return call('ZRANGEBYSCORE', prefix .. 'owners', '-inf', now() - lease, 'WITHSCORES')
 end
 
--- inherit takes over at most so many events of a dead owner, oldest first, if it has not renewed its lease since the time
--- that was seen. While there are more it renews that lease itself, so that nobody else inherits, and returns the time.
+-- inherit takes over at most so many events of a dead owner, oldest first, if it has not renewed its lease since the
+-- time that was seen. While there are more it renews that lease itself, so that nobody else inherits, and returns the
+-- time.
 function step.inherit(dead, seen, most)
 	if call('ZSCORE', prefix .. 'owners', dead) ~= seen then
 		return ''
@@ -163,7 +164,7 @@ function step.last()
 end
 
 -- page returns my events after number from, up to number upto: of about a megabyte, the number of the last one that it
--- has looked at, and the id, case and body of each. which is 'new', 'owner' for all, or 'known' for all that are not new.
+-- has looked at, and the id, case and body of each. which is 'new', 'owner' for all, or 'known' for all but the new.
 function step.page(which, from, upto)
 	local key = prefix .. (which == 'new' and 'new:' or 'owner:') .. me
 	local ids = call('ZRANGEBYSCORE', key, '(' .. from, upto, 'WITHSCORES', 'LIMIT', 0, 64)

@@ -1,9 +1,9 @@
 // Package redisinbox is an offloadhook.Inbox on Redis 7 that several replicas share.
 //
-// Each open Inbox is an owner. It shows that it lives by a lease that it renews every second, whatever its callbacks do;
-// when its process dies, another owner takes over its events within seconds. A lease that is over is not taken for a
-// death at once, but after three looks, a second apart, because after a restart of Redis all of them are over: meanwhile
-// the living renew theirs. Times are those of Redis.
+// Each open Inbox is an owner. It shows that it lives by a lease that it renews every second, whatever its callbacks
+// do; when its process dies, another owner takes over its events within seconds. A lease that is over is not taken for
+// a death at once, but after five looks, a second apart, because after a restart of Redis all of them are over:
+// meanwhile the living renew theirs. Times are those of Redis.
 //
 // The events of a case that has unfinished ones go to the owner of those, whichever replica received them, so that they
 // run in order; that is why Claim may answer "not fresh", and the sender get a 200, for an event that is new. Forward
@@ -32,8 +32,8 @@ import (
 const (
 	forwardEvery = 200 * time.Millisecond // between looks for events that other replicas have received for this one
 	renewEvery   = time.Second            // between renewals of the lease, and between looks for dead owners
-	leaseBeats   = 3                      // renewals that fit into a lease
-	deathLooks   = 3                      // that find a lease over, one after the other, for its owner to be dead
+	leaseBeats   = 2                      // renewals that fit into a lease
+	deathLooks   = 5                      // that find a lease over, one after the other, for its owner to be dead
 	timeout      = 5 * time.Second        // for a step in the background
 	rest         = 10 * time.Minute       // of what was given up
 	many         = 1000                   // events are moved in one step, which nothing can interrupt
@@ -83,9 +83,9 @@ type deliverFunc = func(ctx context.Context, body []byte) (fresh bool, err error
 var _ offloadhook.Inbox = (*Inbox)(nil)
 
 // Open connects to the server at url, redis://user:password@host:port/database, and returns a new owner. The ids of
-// events that are done expire after retention; 0 means 30 days. It refuses a server that would lose what it acknowledged,
-// and so does every later connection, should another server have come up in its place: the error wraps ErrVolatile.
-// Close the Inbox after the receiver's Shutdown.
+// events that are done expire after retention; 0 means 30 days. It refuses a server that would lose what it
+// acknowledged, and so does every later connection, should another server have come up in its place: the error wraps
+// ErrVolatile. Close the Inbox after the receiver's Shutdown.
 func Open(ctx context.Context, url string, retention time.Duration) (*Inbox, error) {
 	return open(ctx, url, retention, renewEvery, checkDurable)
 }
@@ -95,8 +95,8 @@ func OpenVolatile(ctx context.Context, url string, retention time.Duration) (*In
 	return open(ctx, url, retention, renewEvery, nil)
 }
 
-func open(ctx context.Context, url string, retention, beat time.Duration, check func(context.Context, *redis.Conn) error) (
-	*Inbox, error) {
+func open(ctx context.Context, url string, retention, beat time.Duration,
+	check func(context.Context, *redis.Conn) error) (*Inbox, error) {
 	options, err := redis.ParseURL(url)
 	if err != nil {
 		return nil, errors.New("redisinbox: want a URL like redis://user:password@host:6379/0") // err may quote a password

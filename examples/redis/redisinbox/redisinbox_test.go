@@ -158,6 +158,7 @@ func left(s *redistest.Server) (int, error) {
 
 // TestKilled kills a process in the middle of a callback: another runs the event.
 func TestKilled(t *testing.T) {
+	t.Parallel()
 	s := redistest.New(t)
 	heir := newReceiver(t, s)
 	for i := range rounds(t, 1) {
@@ -206,23 +207,31 @@ func hang(id string) {
 // TestSlow leaves an event unfinished for longer than it takes to find a dead owner: its owner keeps it.
 func TestSlow(t *testing.T) {
 	s := redistest.New(t)
-	slow, other := newInbox(t, s, soon), newInbox(t, s, soon)
+	slow, _ := newInbox(t, s, soon), newInbox(t, s, soon)
 	mustClaim(t, slow, "evt_slow", "case_1")
-	buryOne(t, s, other)
-	if got := pendingIDs(t, slow); !slices.Equal(got, []string{"evt_slow"}) {
+	for range 2 { // so that the heir of one, whoever that was, has looked for other dead as well
+		buryOne(t, s)
+	}
+	if got := pendingIDs(t, slow); !slices.Contains(got, "evt_slow") {
 		t.Errorf("the slow owner has %q", got)
 	}
 }
 
-// buryOne lets an owner die, and returns when in has taken over from it, so it has looked for other dead as well.
-func buryOne(t *testing.T, s *redistest.Server, in *Inbox) {
+// buryOne lets an owner die, and returns when one of the others has taken over from it.
+func buryOne(t *testing.T, s *redistest.Server) {
 	t.Helper()
 	dead := newInbox(t, s, soon)
-	id := "evt_of_" + dead.owner
-	mustClaim(t, dead, id, id)
+	mustClaim(t, dead, "evt_of_"+dead.owner, dead.owner)
 	dead.die()
-	awaitPending(t, in, id)
-	mustDone(t, in, id, nil)
+	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		owners, _ := s.Do(t, "ZRANGE", prefix+"owners", 0, -1).([]any)
+		if !slices.Contains(owners, any(dead.owner)) {
+			return
+		}
+		if time.Since(start) > patience {
+			t.Fatal("nobody takes over from the dead")
+		}
+	}
 }
 
 // TestServerAway keeps the server away for longer than a lease, killed or stalled: everyone has what they had, and a
@@ -238,13 +247,15 @@ func TestServerAway(t *testing.T) {
 			}
 		},
 		"stalled": func(t *testing.T, s *redistest.Server) func() {
-			s.Do(t, "CLIENT", "PAUSE", 60_000)
-			return func() { s.Do(t, "CLIENT", "UNPAUSE") }
+			s.Do(t, "CLIENT", "PAUSE", (4 * leaseBeats * renewEvery).Milliseconds())
+			return func() {}
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			s := redistest.New(t)
-			a, b := newInbox(t, s, soon), newInbox(t, s, soon)
+			// At their real pace, because the client takes a second to find that a server is back.
+			a, b := newInbox(t, s, renewEvery), newInbox(t, s, renewEvery)
 			mustClaim(t, a, "evt_a", "case_1")
 			mustClaim(t, b, "evt_b", "case_2")
 			back := leave(t, s)
@@ -258,7 +269,7 @@ func TestServerAway(t *testing.T) {
 				}
 				claimed <- err
 			}()
-			ctx, cancel := context.WithTimeout(t.Context(), 2*leaseBeats*soon)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*leaseBeats*renewEvery)
 			defer cancel()
 			if fresh, err := b.Claim(ctx, newEvent("evt_refused", "case_3")); fresh || err == nil {
 				t.Errorf("Claim while the server is away: %t, %v", fresh, err)
@@ -267,12 +278,12 @@ func TestServerAway(t *testing.T) {
 			if err := <-claimed; err != nil {
 				t.Errorf("a claim that was waiting for the server: %v", err)
 			}
-			buryOne(t, s, b)
-			if got := pendingIDs(t, a); !slices.Equal(got, []string{"evt_a", "evt_late"}) {
+			buryOne(t, s)
+			got := pendingIDs(t, a)
+			if i, j := slices.Index(got, "evt_a"), slices.Index(got, "evt_late"); i < 0 || j < i {
 				t.Errorf("one owner has %q", got)
 			}
-			// What was refused may have been stored all the same, and is then handled.
-			if got := pendingIDs(t, b); !slices.Equal(got[:1], []string{"evt_b"}) {
+			if got := pendingIDs(t, b); !slices.Contains(got, "evt_b") {
 				t.Errorf("the other owner has %q", got)
 			}
 		})
@@ -366,6 +377,7 @@ func TestInheritMany(t *testing.T) {
 // TestServerKilled kills Redis in the middle of requests: they are refused while it is away, and what was acknowledged
 // is handled, once.
 func TestServerKilled(t *testing.T) {
+	t.Parallel()
 	s := redistest.New(t)
 	r := newReceiver(t, s)
 	web := httptest.NewServer(r)
@@ -451,8 +463,7 @@ func TestServerFull(t *testing.T) {
 	}
 	mustDone(t, in, "evt_in", nil)
 	mustDone(t, in, "evt_failing", errors.New("failed"))
-	other := newInbox(t, s, soon)
-	awaitPending(t, other, "evt_failing")
+	awaitPending(t, newInbox(t, s, soon), "evt_failing")
 	s.Do(t, "CONFIG", "SET", "maxmemory", "0")
 	mustClaim(t, in, "evt_out", "another case")
 }
@@ -483,7 +494,9 @@ func TestRetention(t *testing.T) {
 		}
 	}
 	mustClaim(t, in, "evt_done", "case_1")
-	for _, key := range []string{"event:evt_open", "event:evt_failed", "case:case_2", "gave_up", "seq", "owner:" + in.owner} {
+	for _, key := range []string{
+		"event:evt_open", "event:evt_failed", "case:case_2", "gave_up", "seq", "owner:" + in.owner,
+	} {
 		if ttl := s.Do(t, "PTTL", prefix+key); ttl != int64(-1) {
 			t.Errorf("PTTL of %s: %v, want -1, for ever", key, ttl)
 		}
