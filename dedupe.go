@@ -543,7 +543,8 @@ func (j *Journal) owns() error {
 	if err != nil {
 		return fmt.Errorf("offloadhook: journal: %w", err)
 	}
-	if !slices.Contains(gens, j.gen) || gens[len(gens)-1] != j.top {
+	ours := j.size == 0 || slices.Contains(gens, j.gen) // while opening, what was read may go
+	if len(gens) == 0 || gens[len(gens)-1] != j.top || !ours {
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
 	}
 	return j.closed
