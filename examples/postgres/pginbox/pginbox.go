@@ -431,9 +431,6 @@ func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) e
 	}
 	maps.DeleteFunc(free, func(owner int32, _ int) bool { return !slices.Contains(dead, owner) })
 	for _, owner := range dead {
-		if owner == in.owner {
-			return errors.New("pginbox: the lock is lost")
-		}
 		if free[owner]++; free[owner] < deathLooks {
 			continue
 		}
