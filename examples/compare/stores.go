@@ -1,0 +1,252 @@
+package main
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"go.etcd.io/bbolt"
+	_ "modernc.org/sqlite"
+
+	"offloadhook"
+)
+
+// store is a contestant: it keeps an event's id and body durably, and says whether it is new.
+type store struct {
+	name  string
+	lacks string // what it does not do
+	open  func(dir string) (claim claimFunc, end func() error, err error)
+}
+
+type claimFunc func(ctx context.Context, env *offloadhook.Envelope) (fresh bool, err error)
+
+const journalName = "Journal.Claim"
+
+var stores = []store{
+	{journalName, "one process at a time; no queries", openJournal},
+	{"SQLite, WAL, synchronous=FULL", "share an fsync between claims", openSQLite},
+	{"bbolt, Update", "share an fsync between claims; no second process", openBolt(false, 0)},
+	{"bbolt, Batch", "answer at once: waits up to 10 ms for company; no second process", openBolt(true, 0)},
+	{"bbolt, Batch, MaxBatchSize 64", "answer a single client at once; no second process", openBolt(true, 64)},
+}
+
+const postgresName = "PostgreSQL"
+
+func openJournal(dir string) (claimFunc, func() error, error) {
+	journal, err := offloadhook.OpenJournal(dir, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	return journal.Claim, journal.Close, nil
+}
+
+// openSQLite uses one connection: SQLite has one writer at a time, and several would wait for each other in a loop.
+func openSQLite(dir string) (claimFunc, func() error, error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, nil, err
+	}
+	db, err := sql.Open("sqlite", "file:"+filepath.ToSlash(filepath.Join(dir, "events.db"))+
+		"?_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)")
+	if err != nil {
+		return nil, nil, err
+	}
+	db.SetMaxOpenConns(1)
+	_, err = db.Exec("CREATE TABLE IF NOT EXISTS events (id TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID")
+	if err != nil {
+		return nil, nil, errors.Join(err, db.Close())
+	}
+	insert, err := db.Prepare("INSERT INTO events (id, body) VALUES (?, ?) ON CONFLICT DO NOTHING")
+	if err != nil {
+		return nil, nil, errors.Join(err, db.Close())
+	}
+	claim := func(ctx context.Context, env *offloadhook.Envelope) (bool, error) {
+		result, err := insert.ExecContext(ctx, env.EventID, env.Raw)
+		if err != nil {
+			return false, err
+		}
+		n, err := result.RowsAffected()
+		return n == 1, err
+	}
+	return claim, func() error { return errors.Join(insert.Close(), db.Close()) }, nil
+}
+
+// openBolt opens a bbolt database. A batch ends when it has size claims, or 10 ms after its first; 0 leaves the default.
+func openBolt(batch bool, size int) func(dir string) (claimFunc, func() error, error) {
+	return func(dir string) (claimFunc, func() error, error) {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return nil, nil, err
+		}
+		db, err := bbolt.Open(filepath.Join(dir, "events.db"), 0o600, nil)
+		if err != nil {
+			return nil, nil, err
+		}
+		if size > 0 {
+			db.MaxBatchSize = size
+		}
+		bucket := []byte("events")
+		err = db.Update(func(tx *bbolt.Tx) error {
+			_, err := tx.CreateBucketIfNotExists(bucket)
+			return err
+		})
+		if err != nil {
+			return nil, nil, errors.Join(err, db.Close())
+		}
+		write := db.Update
+		if batch {
+			write = db.Batch
+		}
+		claim := func(_ context.Context, env *offloadhook.Envelope) (fresh bool, err error) {
+			id := []byte(env.EventID)
+			err = write(func(tx *bbolt.Tx) error {
+				events := tx.Bucket(bucket)
+				if fresh = events.Get(id) == nil; !fresh {
+					return nil
+				}
+				return events.Put(id, env.Raw)
+			})
+			return fresh && err == nil, err
+		}
+		return claim, db.Close, nil
+	}
+}
+
+// openPostgres makes a table of its own in a running server.
+func openPostgres(server *postgres, clients int) func(dir string) (claimFunc, func() error, error) {
+	return func(dir string) (claimFunc, func() error, error) {
+		ctx := context.Background()
+		config, err := pgxpool.ParseConfig(server.url)
+		if err != nil {
+			return nil, nil, err
+		}
+		config.MaxConns = int32(clients)
+		pool, err := pgxpool.NewWithConfig(ctx, config)
+		if err != nil {
+			return nil, nil, err
+		}
+		table := "events_" + filepath.Base(dir)
+		if _, err := pool.Exec(ctx, "CREATE TABLE "+table+" (id text PRIMARY KEY, body bytea NOT NULL)"); err != nil {
+			pool.Close()
+			return nil, nil, err
+		}
+		insert := "INSERT INTO " + table + " (id, body) VALUES ($1, $2) ON CONFLICT DO NOTHING"
+		claim := func(ctx context.Context, env *offloadhook.Envelope) (bool, error) {
+			tag, err := pool.Exec(ctx, insert, env.EventID, env.Raw)
+			return tag.RowsAffected() == 1, err
+		}
+		end := func() error {
+			_, err := pool.Exec(ctx, "DROP TABLE "+table)
+			pool.Close()
+			return err
+		}
+		return claim, end, nil
+	}
+}
+
+// runStore claims events, clients at once, for a while, and returns how many a second. Each must be new, and known from
+// then on.
+func (b *bench) runStore(c store) (perSecond float64, err error) {
+	claim, end, err := c.open(b.folder())
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, end()) }()
+	body, err := bodies()
+	if err != nil {
+		return 0, err
+	}
+	ctx := context.Background()
+	// The first claims open connections and files.
+	if err := claimEvents(ctx, claim, body, 1<<30, b.clients, true); err != nil {
+		return 0, err
+	}
+	var next atomic.Int64
+	var claiming sync.WaitGroup
+	failed := make([]error, b.clients)
+	start := time.Now()
+	for client := range b.clients {
+		claiming.Go(func() {
+			for time.Since(start) < b.claiming && failed[client] == nil {
+				failed[client] = claimOne(ctx, claim, body(int(next.Add(1))), true)
+			}
+		})
+	}
+	claiming.Wait()
+	perSecond = float64(next.Load()) / time.Since(start).Seconds()
+	if err := errors.Join(failed...); err != nil {
+		return 0, err
+	}
+	return perSecond, claimEvents(ctx, claim, body, 1, min(b.clients, int(next.Load())), false)
+}
+
+// claimEvents claims n events at once, from number first on.
+func claimEvents(ctx context.Context, claim claimFunc, body func(int) []byte, first, n int, fresh bool) error {
+	var claiming sync.WaitGroup
+	failed := make([]error, n)
+	for i := range n {
+		claiming.Go(func() { failed[i] = claimOne(ctx, claim, body(first+i), fresh) })
+	}
+	claiming.Wait()
+	return errors.Join(failed...)
+}
+
+func claimOne(ctx context.Context, claim claimFunc, body []byte, want bool) error {
+	env, err := offloadhook.ParseEnvelope(body)
+	if err != nil {
+		return err
+	}
+	fresh, err := claim(ctx, env)
+	if err == nil && fresh != want {
+		err = fmt.Errorf("claim of %s: fresh is %v", env.EventID, fresh)
+	}
+	return err
+}
+
+// storeResult is what a store did in all rounds.
+type storeResult struct {
+	store
+	claims []float64 // a second
+}
+
+func (b *bench) compareStores() ([]storeResult, error) {
+	contestants := append([]store(nil), stores...)
+	server, err := startPostgres()
+	switch {
+	case errors.Is(err, errNoPostgres):
+		b.note("%s is left out: %v", postgresName, err)
+	case err != nil:
+		return nil, err
+	default:
+		defer server.stop()
+		name := postgresName + " " + server.version
+		contestants = append(contestants, store{name, "come without a server; but replicas can share it", openPostgres(server, b.clients)})
+	}
+	results := make([]storeResult, len(contestants))
+	for n := range b.rounds {
+		b.note("stores: round %d of %d", n+1, b.rounds)
+		for _, i := range turns(len(contestants), n) {
+			perSecond, err := b.runStore(contestants[i])
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", contestants[i].name, err)
+			}
+			results[i].store = contestants[i]
+			results[i].claims = append(results[i].claims, perSecond)
+		}
+	}
+	return results, nil
+}
+
+func (b *bench) printStores(results []storeResult) {
+	fmt.Fprintf(b.out, "Durable claims of an id with its body, %d at once: the median of %d rounds of %v.\n\n",
+		b.clients, b.rounds, b.claiming)
+	b.header("store", "claims/s", "Journal does", "does not ")
+	for _, r := range results {
+		b.row(r.name, thousands(median(r.claims)), fmt.Sprintf("%.1f times", medianRatio(results[0].claims, r.claims)), r.lacks)
+	}
+}
