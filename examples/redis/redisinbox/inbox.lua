@@ -2,7 +2,7 @@
 --
 -- KEYS[1] is the prefix of all keys. ARGV holds the name of a step, the owner that calls, and the step's arguments.
 --
---   event:<id>   hash: body, as received; case, if it has one; owner, '' when it was given up; call, which claimed it
+--   event:<id>   hash: body, as received; case, if it has one; call, which claimed it
 --   done:<id>    string: it is done. Expires after the retention
 --   case:<case>  hash: the owner of its unfinished events, how many events there are, and how many of those are new
 --   owner:<o>    sorted set: the ids of the owner's unfinished events, by the order of the claims
@@ -40,7 +40,6 @@ local function assign(id, case, known)
 		end
 	end
 	local seq = call('INCR', prefix .. 'seq')
-	call('HSET', prefix .. 'event:' .. id, 'owner', owner)
 	call('ZADD', prefix .. 'owner:' .. owner, seq, id)
 	if not known then
 		call('ZADD', prefix .. 'new:' .. owner, seq, id)
@@ -85,7 +84,6 @@ function step.inherit(dead, seen, most)
 		call('ZREM', prefix .. 'owner:' .. dead, id)
 		call('ZADD', prefix .. 'owner:' .. me, seq, id)
 		call('ZADD', prefix .. 'new:' .. me, seq, id)
-		call('HSET', prefix .. 'event:' .. id, 'owner', me)
 		count(id, 'new', 1 - call('ZREM', prefix .. 'new:' .. dead, id))
 		local case = call('HGET', prefix .. 'event:' .. id, 'case')
 		if case then
@@ -104,11 +102,12 @@ end
 -- it is repeated, because the answer was lost, it gets the same answer.
 function step.claim(id, case, body, this)
 	local key = prefix .. 'event:' .. id
-	local held = call('HMGET', key, 'owner', 'call')
-	if held[1] == me and held[2] == this then
-		return call('ZSCORE', prefix .. 'new:' .. me, id) and 0 or 1
+	if call('HGET', key, 'call') == this then
+		local known = not call('ZSCORE', prefix .. 'new:' .. me, id)
+		return known and call('ZSCORE', prefix .. 'owner:' .. me, id) and 1 or 0
 	end
-	if held[1] and held[1] ~= '' or call('EXISTS', prefix .. 'done:' .. id) == 1 then
+	local held = call('EXISTS', key) == 1 and not call('ZSCORE', prefix .. 'gave_up', id)
+	if held or call('EXISTS', prefix .. 'done:' .. id) == 1 then
 		return 0
 	end
 	call('HSET', key, 'body', body, 'call', this)
@@ -140,8 +139,6 @@ function step.done(id, retention)
 		call('DEL', key)
 		call('SET', prefix .. 'done:' .. id, '', 'PX', retention)
 	else
-		call('HSET', key, 'owner', '')
-		call('HDEL', key, 'call')
 		call('ZADD', prefix .. 'gave_up', now(), id)
 	end
 end
