@@ -2105,8 +2105,8 @@ func FuzzJournal(f *testing.F) {
 		"", "\n", claim, claim[:20], claim[:len(claim)-1], claim + claim, "\x00\x00\n" + claim,
 		claim + line(`{"done":"evt_1","at":2}`), line(`{"sha256":"00","at":1}`), line(`{"sha256":1}`), line(`{"sha256":""}`),
 		line(`{"id":"evt_1","at":1,"base64":"IHsiZXZlbnRfaWQiOiJldnRfMSJ9"}`), line(`{"id":"evt_1","base64":"!"}`),
-		line(`{"id":"evt_1","event":[]}`), line(`{"copied":""}`), line(`{"id":7}`), line(`{}`), line(``), line(`"`), line(`{"`),
-		line(`{"sha256"0`),
+		line(`{"id":"evt_1","event":[]}`), line(`{"copied":""}`), line(`{"id":7}`), line(`{}`), line(``), line(`"`),
+		line(`{"`), line(`{"sha256"0`),
 	} {
 		f.Add([]byte(seed), false)
 		f.Add([]byte(seed), true)
