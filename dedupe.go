@@ -846,8 +846,9 @@ func parseRecord(line []byte) (rec record) {
 		case "base64":
 			rec.event, _ = base64.StdEncoding.DecodeString(text(value))
 		case "sha256":
-			if n, _ := hex.Decode(rec.id[:], value[1:max(1, min(33, len(value)-1))]); n == len(rec.id) {
+			if len(value) == 34 {
 				rec.kind = "sha256"
+				_, _ = hex.Decode(rec.id[:], value[1:33])
 			}
 		default:
 			rec.kind, rec.id = string(name), digestOf(text(value))
