@@ -680,9 +680,13 @@ func (j *Journal) renew(still bool) error {
 
 // replace copies what is alive to dst, and makes that the file. Claims stop for the fsync at the end of it.
 func (j *Journal) replace(dst *copying, still bool) (err error) {
+	whole := false
 	defer func() {
-		if err != nil { // its number stays taken, as another process may have seen it; its room on the disk does not
-			_, _ = dst.file.Truncate(0), dst.file.Close()
+		if err != nil && !whole { // its number stays taken, as another process may have seen it; its room on the disk does not
+			_ = dst.file.Truncate(0)
+		}
+		if err != nil {
+			_ = dst.file.Close()
 		}
 	}()
 	var src diskFile
@@ -710,15 +714,13 @@ func (j *Journal) replace(dst *copying, still bool) (err error) {
 	if err = cmp.Or(err, dst.file.Sync(), j.disk.syncDir(j.dir), j.owns()); err != nil {
 		return err
 	}
+	whole = true // from here on it may be read in place of src, so nothing may be acknowledged outside of it
 	end := appendRecord(nil, "copied", quote(filepath.Base(j.path(j.gen))), time.Now().UnixMilli(), nil)
 	if _, err = dst.file.WriteAt(end, dst.size); err == nil {
 		err = dst.file.Sync()
 	}
 	if err != nil {
-		// If the copy may pass for whole at the next opening, nothing more may be acknowledged outside of it.
-		if cut := cmp.Or(dst.file.Truncate(0), dst.file.Sync()); cut != nil {
-			j.bad = fmt.Errorf("offloadhook: journal: %w", err)
-		}
+		j.bad = fmt.Errorf("offloadhook: journal: %w", err)
 		return err
 	}
 	for _, c := range j.claims {
