@@ -19,9 +19,9 @@ import (
 func newBench(t *testing.T) (b *bench, out *bytes.Buffer) {
 	out = new(bytes.Buffer)
 	return &bench{
-		dir: t.TempDir(), out: out, progress: io.Discard,
+		ctx: t.Context(), dir: t.TempDir(), out: out, progress: io.Discard,
 		sizes: sizes{
-			rounds: 1, clients: 8, requests: 300, claiming: 20 * time.Millisecond,
+			rounds: 1, clients: 8, requests: 300, claiming: 20 * time.Millisecond, claims: 2_000,
 			scale: scaleSizes{rounds: 1, ids: []int{100, 1_000}, claims: 200, durable: 160, events: []int{1, 100}, flow: 200},
 			open:  openSizes{rounds: 2, finished: 1_000, unfinished: 100},
 			p99:   p99Sizes{rounds: 3, requests: 100, sleep: 5 * time.Second, live: 200, slow: 5},
@@ -141,11 +141,15 @@ func TestTally(t *testing.T) {
 // A store that does not keep what it claims is found out.
 func TestStoreThatForgets(t *testing.T) {
 	b, _ := newBench(t)
-	_, err := b.runStore(store{name: "forgetful", open: func(string) (claimFunc, func() error, error) {
+	envs, err := envelopes(0, 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = b.runStore(store{name: "forgetful", open: func(string) (claimFunc, func() error, error) {
 		claim := func(context.Context, *offloadhook.Envelope) (bool, error) { return true, nil }
 		return claim, func() error { return nil }, nil
-	}})
-	if err == nil {
-		t.Error("no error")
+	}}, envs[:10:10], envs[10:])
+	if err == nil || !strings.Contains(err.Error(), "fresh is true") {
+		t.Errorf("error %v", err)
 	}
 }

@@ -11,14 +11,17 @@
 package main
 
 import (
+	"context"
 	"flag"
 	"fmt"
 	"io"
 	"log"
 	"os"
+	"os/signal"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -27,14 +30,15 @@ type sizes struct {
 	rounds   int
 	clients  int
 	requests int           // in a round of a receiver
-	claiming time.Duration // a round of a store
+	claiming time.Duration // a round of a store, unless it makes this many
+	claims   int
 	scale    scaleSizes
 	open     openSizes
 	p99      p99Sizes
 }
 
 var fullSizes = sizes{
-	rounds: 9, clients: 64, requests: 8_000, claiming: 400 * time.Millisecond,
+	rounds: 7, clients: 64, requests: 6_000, claiming: 300 * time.Millisecond, claims: 50_000,
 	scale: fullScale, open: fullOpen, p99: fullP99,
 }
 
@@ -43,6 +47,7 @@ func main() {
 	open := flag.Bool("open", false, "measure the opening of a large journal: needs 3 GB of memory and of disk")
 	p99 := flag.Bool("p99", false, "measure the slowest answers")
 	dir := flag.String("dir", "", "where the stores write: a real disk (default: the system's directory for temporary files)")
+	most := flag.Int("ids", 10_000_000, "the largest `number` of remembered ids for -scale and -open, at least 1,000")
 	picture := flag.String("svg", "compare.svg", "where to draw the picture")
 	flag.Parse()
 	log.SetFlags(0)
@@ -50,7 +55,12 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	b := bench{sizes: fullSizes, dir: work, out: os.Stdout, progress: os.Stderr}
+	// An interrupt ends the run after the round, so that no server and no file is left behind.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	b := bench{sizes: fullSizes, ctx: ctx, dir: work, out: os.Stdout, progress: os.Stderr}
+	b.scale.ids = slices.DeleteFunc(slices.Clone(b.scale.ids), func(ids int) bool { return ids > max(*most, 1_000) })
+	b.open.finished = min(b.open.finished, max(*most, 1_000))
 	switch {
 	case *scale:
 		err = b.scaleTables()
@@ -70,6 +80,7 @@ func main() {
 // bench is a run of this program.
 type bench struct {
 	sizes
+	ctx      context.Context
 	dir      string // for the stores, a folder to each
 	folders  int
 	out      io.Writer
@@ -131,8 +142,10 @@ func (b *bench) fsyncTime() (time.Duration, error) {
 	return median(times), nil
 }
 
-func (b *bench) note(format string, args ...any) {
+// begin tells what comes next, unless the run is to end.
+func (b *bench) begin(format string, args ...any) error {
 	fmt.Fprintf(b.progress, format+"\n", args...)
+	return b.ctx.Err()
 }
 
 func median[T int | int64 | float64 | time.Duration](values []T) T {

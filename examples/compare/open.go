@@ -75,15 +75,19 @@ func readJournal(dir string) (size int64, took time.Duration, err error) {
 
 func (b *bench) openTable() error {
 	dir := b.folder()
-	b.note("writing a journal of %s finished ids and %s unfinished events",
-		thousands(float64(b.open.finished)), thousands(float64(b.open.unfinished)))
+	if err := b.begin("writing a journal of %s finished ids and %s unfinished events",
+		thousands(float64(b.open.finished)), thousands(float64(b.open.unfinished))); err != nil {
+		return err
+	}
 	if err := writeJournal(dir, b.open.finished, b.open.unfinished); err != nil {
 		return err
 	}
 	var reads, opens []time.Duration
 	var size int64
 	for n := range b.open.rounds {
-		b.note("round %d of %d", n+1, b.open.rounds)
+		if err := b.begin("round %d of %d", n+1, b.open.rounds); err != nil {
+			return err
+		}
 		bytes, read, err := readJournal(dir)
 		if err != nil {
 			return err

@@ -30,7 +30,9 @@ func (b *bench) p99Table() error {
 		}
 		var quick, slow []time.Duration
 		for n := range b.p99.rounds {
-			b.note("%s: round %d of %d", name, n+1, b.p99.rounds)
+			if err := b.begin("%s: round %d of %d", name, n+1, b.p99.rounds); err != nil {
+				return err
+			}
 			for _, i := range turns(2, n) {
 				took, err := b.answers(inbox, b.p99.requests, []time.Duration{0, b.p99.sleep}[i], 0)
 				if err != nil {
@@ -46,7 +48,9 @@ func (b *bench) p99Table() error {
 		b.p99Row(fmt.Sprintf("%s, callbacks that sleep %v", name, b.p99.sleep), quick, slow)
 		var alone, beside []time.Duration
 		for n := range b.p99.rounds / 3 {
-			b.note("%s, slow clients: round %d of %d", name, n+1, b.p99.rounds/3)
+			if err := b.begin("%s, slow clients: round %d of %d", name, n+1, b.p99.rounds/3); err != nil {
+				return err
+			}
 			for _, i := range turns(2, n) {
 				took, err := b.answers(inbox, b.p99.live, 0, []int{0, b.p99.slow}[i])
 				if err != nil {

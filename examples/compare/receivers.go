@@ -335,7 +335,9 @@ type receiverResult struct {
 func (b *bench) compareReceivers() ([]receiverResult, error) {
 	results := make([]receiverResult, len(receivers))
 	for n := range b.rounds {
-		b.note("receivers: round %d of %d", n+1, b.rounds)
+		if err := b.begin("receivers: round %d of %d", n+1, b.rounds); err != nil {
+			return nil, err
+		}
 		for _, network := range []bool{true, false} {
 			for _, i := range turns(len(receivers), n) {
 				r, err := b.runReceiver(receivers[i], network)

@@ -90,8 +90,8 @@ func heap() float64 {
 func (b *bench) scaleMemory() ([]scaled, error) {
 	ctx := context.Background()
 	results, stores := make([]scaled, len(b.scale.ids)), make([]*offloadhook.Memory, len(b.scale.ids))
-	claim := func(m *offloadhook.Memory, n int) error {
-		env := offloadhook.Envelope{EventID: eventID(n)}
+	claim := func(m *offloadhook.Memory, id string) error {
+		env := offloadhook.Envelope{EventID: id}
 		fresh, err := m.Claim(ctx, &env)
 		if err == nil && !fresh {
 			err = fmt.Errorf("%s is not new", env.EventID)
@@ -99,11 +99,13 @@ func (b *bench) scaleMemory() ([]scaled, error) {
 		return errors.Join(err, m.Done(ctx, &env, nil))
 	}
 	for i, ids := range b.scale.ids {
-		b.note("Memory: %s ids", thousands(float64(ids)))
+		if err := b.begin("Memory: %s ids", thousands(float64(ids))); err != nil {
+			return nil, err
+		}
 		before := heap()
 		stores[i] = &offloadhook.Memory{Limit: ids}
 		for n := range ids {
-			if err := claim(stores[i], n); err != nil {
+			if err := claim(stores[i], eventID(n)); err != nil {
 				return nil, err
 			}
 		}
@@ -111,10 +113,14 @@ func (b *bench) scaleMemory() ([]scaled, error) {
 	}
 	for round := range b.scale.rounds {
 		for _, i := range turns(len(stores), round) {
-			first := b.scale.ids[i] + round*b.scale.claims
+			ids := make([]string, b.scale.claims)
+			for n := range ids {
+				ids[n] = eventID(b.scale.ids[i] + round*len(ids) + n)
+			}
+			runtime.GC()
 			start := time.Now()
-			for n := range b.scale.claims {
-				if err := claim(stores[i], first+n); err != nil {
+			for _, id := range ids {
+				if err := claim(stores[i], id); err != nil {
 					return nil, err
 				}
 			}
@@ -140,7 +146,9 @@ func (b *bench) scaleJournal() (results []scaled, err error) {
 		}
 	}()
 	for i, ids := range b.scale.ids {
-		b.note("Journal: %s ids", thousands(float64(ids)))
+		if err := b.begin("Journal: %s ids", thousands(float64(ids))); err != nil {
+			return nil, err
+		}
 		dirs[i] = b.folder()
 		if err := writeJournal(dirs[i], ids, 0); err != nil {
 			return nil, err
@@ -151,12 +159,10 @@ func (b *bench) scaleJournal() (results []scaled, err error) {
 		}
 		results[i].bytes = (heap() - before) / float64(ids)
 	}
-	body, err := bodies()
-	if err != nil {
-		return nil, err
-	}
 	for round := range b.scale.rounds {
-		b.note("Journal: round %d of %d", round+1, b.scale.rounds)
+		if err := b.begin("Journal: round %d of %d", round+1, b.scale.rounds); err != nil {
+			return nil, err
+		}
 		for _, i := range turns(len(journals), round) {
 			if b.scale.ids[i] <= 100*b.scale.durable && round > 0 {
 				if err := journals[i].Close(); err != nil {
@@ -170,7 +176,7 @@ func (b *bench) scaleJournal() (results []scaled, err error) {
 					return nil, err
 				}
 			}
-			took, err := b.claimAndFinish(journals[i], body, b.scale.ids[i]+round*b.scale.durable)
+			took, err := b.claimAndFinish(journals[i], b.scale.ids[i]+round*b.scale.durable)
 			if err != nil {
 				return nil, err
 			}
@@ -187,34 +193,22 @@ func (b *bench) scaleJournal() (results []scaled, err error) {
 }
 
 // claimAndFinish claims events from number first on, clients at once, and returns what one took.
-func (b *bench) claimAndFinish(journal *offloadhook.Journal, body func(int) []byte, first int) (time.Duration, error) {
-	ctx := context.Background()
-	each := b.scale.durable / b.clients
-	var claiming sync.WaitGroup
-	failed := make([]error, b.clients)
-	start := time.Now()
-	for client := range b.clients {
-		claiming.Go(func() {
-			for n := range each {
-				env, err := offloadhook.ParseEnvelope(body(first + client*each + n))
-				if err == nil {
-					var fresh bool
-					if fresh, err = journal.Claim(ctx, env); err == nil && !fresh {
-						err = fmt.Errorf("%s is not new", env.EventID)
-					}
-				}
-				if err == nil {
-					err = journal.Done(ctx, env, nil)
-				}
-				if err != nil {
-					failed[client] = err
-					return
-				}
-			}
-		})
+func (b *bench) claimAndFinish(journal *offloadhook.Journal, first int) (time.Duration, error) {
+	envs, err := envelopes(first, b.scale.durable)
+	if err != nil {
+		return 0, err
 	}
-	claiming.Wait()
-	return time.Since(start) / time.Duration(each*b.clients), errors.Join(failed...)
+	claim := func(ctx context.Context, env *offloadhook.Envelope) (bool, error) {
+		fresh, err := journal.Claim(ctx, env)
+		return fresh, errors.Join(err, journal.Done(ctx, env, nil))
+	}
+	runtime.GC()
+	start := time.Now()
+	n, err := claimAll(claim, envs, b.clients, time.Minute, true)
+	if err != nil {
+		return 0, err
+	}
+	return time.Since(start) / time.Duration(n), nil
 }
 
 // scaleEvents measures a flow of events beside others that wait.
@@ -231,7 +225,9 @@ func (b *bench) scaleEvents() error {
 	for _, kind := range kinds {
 		took := make([][]time.Duration, len(b.scale.events))
 		for round := range b.scale.rounds {
-			b.note("%s: round %d of %d", kind.name, round+1, b.scale.rounds)
+			if err := b.begin("%s: round %d of %d", kind.name, round+1, b.scale.rounds); err != nil {
+				return err
+			}
 			for _, i := range turns(len(b.scale.events), round) {
 				runtime.GC()
 				one, err := kind.measure(b.scale.events[i])

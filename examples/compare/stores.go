@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -149,63 +150,71 @@ func openPostgres(server *postgres, clients int) func(dir string) (claimFunc, fu
 	}
 }
 
-// runStore claims events, clients at once, for a while, and returns how many a second. Each must be new, and known from
-// then on.
-func (b *bench) runStore(c store) (perSecond float64, err error) {
+// envelopes makes n events, from number first on.
+func envelopes(first, n int) ([]*offloadhook.Envelope, error) {
+	body, err := bodies()
+	if err != nil {
+		return nil, err
+	}
+	envs := make([]*offloadhook.Envelope, n)
+	for i := range envs {
+		if envs[i], err = offloadhook.ParseEnvelope(body(first + i)); err != nil {
+			return nil, err
+		}
+	}
+	return envs, nil
+}
+
+// claimAll claims events, clients at once, until the time is over, and returns how many.
+func claimAll(claim claimFunc, envs []*offloadhook.Envelope, clients int, limit time.Duration, fresh bool) (int, error) {
+	ctx, start := context.Background(), time.Now()
+	var next atomic.Int64
+	var claiming sync.WaitGroup
+	failed, claimed := make([]error, clients), make([]int, clients)
+	for client := range clients {
+		claiming.Go(func() {
+			for failed[client] == nil && time.Since(start) < limit {
+				i := next.Add(1) - 1
+				if i >= int64(len(envs)) {
+					return
+				}
+				got, err := claim(ctx, envs[i])
+				if err == nil && got != fresh {
+					err = fmt.Errorf("claim of %s: fresh is %v", envs[i].EventID, got)
+				}
+				failed[client] = err
+				claimed[client]++
+			}
+		})
+	}
+	claiming.Wait()
+	n := 0
+	for _, some := range claimed {
+		n += some
+	}
+	return n, errors.Join(failed...)
+}
+
+// runStore claims envs for a while and returns how many a second. Each must be new, and known from then on. The claims of
+// warm come first, to open connections and files.
+func (b *bench) runStore(c store, warm, envs []*offloadhook.Envelope) (perSecond float64, err error) {
 	claim, end, err := c.open(b.folder())
 	if err != nil {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, end()) }()
-	body, err := bodies()
-	if err != nil {
+	if _, err := claimAll(claim, warm, b.clients, time.Minute, true); err != nil {
 		return 0, err
 	}
-	ctx := context.Background()
-	// The first claims open connections and files.
-	if err := claimEvents(ctx, claim, body, 1<<30, b.clients, true); err != nil {
-		return 0, err
-	}
-	var next atomic.Int64
-	var claiming sync.WaitGroup
-	failed := make([]error, b.clients)
+	runtime.GC()
 	start := time.Now()
-	for client := range b.clients {
-		claiming.Go(func() {
-			for time.Since(start) < b.claiming && failed[client] == nil {
-				failed[client] = claimOne(ctx, claim, body(int(next.Add(1))), true)
-			}
-		})
-	}
-	claiming.Wait()
-	perSecond = float64(next.Load()) / time.Since(start).Seconds()
-	if err := errors.Join(failed...); err != nil {
+	n, err := claimAll(claim, envs, b.clients, b.claiming, true)
+	perSecond = float64(n) / time.Since(start).Seconds()
+	if err != nil {
 		return 0, err
 	}
-	return perSecond, claimEvents(ctx, claim, body, 1, min(b.clients, int(next.Load())), false)
-}
-
-// claimEvents claims n events at once, from number first on.
-func claimEvents(ctx context.Context, claim claimFunc, body func(int) []byte, first, n int, fresh bool) error {
-	var claiming sync.WaitGroup
-	failed := make([]error, n)
-	for i := range n {
-		claiming.Go(func() { failed[i] = claimOne(ctx, claim, body(first+i), fresh) })
-	}
-	claiming.Wait()
-	return errors.Join(failed...)
-}
-
-func claimOne(ctx context.Context, claim claimFunc, body []byte, want bool) error {
-	env, err := offloadhook.ParseEnvelope(body)
-	if err != nil {
-		return err
-	}
-	fresh, err := claim(ctx, env)
-	if err == nil && fresh != want {
-		err = fmt.Errorf("claim of %s: fresh is %v", env.EventID, fresh)
-	}
-	return err
+	_, err = claimAll(claim, append(warm, envs[:min(n, b.clients)]...), b.clients, time.Minute, false)
+	return perSecond, err
 }
 
 // storeResult is what a store did in all rounds.
@@ -219,7 +228,9 @@ func (b *bench) compareStores() ([]storeResult, error) {
 	server, err := startPostgres()
 	switch {
 	case errors.Is(err, errNoPostgres):
-		b.note("%s is left out: %v", postgresName, err)
+		if err := b.begin("%s is left out: %v", postgresName, err); err != nil {
+			return nil, err
+		}
 	case err != nil:
 		return nil, err
 	default:
@@ -227,11 +238,18 @@ func (b *bench) compareStores() ([]storeResult, error) {
 		name := postgresName + " " + server.version
 		contestants = append(contestants, store{name, "come without a server; but replicas can share it", openPostgres(server, b.clients)})
 	}
+	envs, err := envelopes(0, b.clients+b.claims)
+	if err != nil {
+		return nil, err
+	}
+	warm, envs := envs[:b.clients:b.clients], envs[b.clients:]
 	results := make([]storeResult, len(contestants))
 	for n := range b.rounds {
-		b.note("stores: round %d of %d", n+1, b.rounds)
+		if err := b.begin("stores: round %d of %d", n+1, b.rounds); err != nil {
+			return nil, err
+		}
 		for _, i := range turns(len(contestants), n) {
-			perSecond, err := b.runStore(contestants[i])
+			perSecond, err := b.runStore(contestants[i], warm, envs)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", contestants[i].name, err)
 			}
