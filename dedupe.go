@@ -190,8 +190,9 @@ func (s *idSet) drop() {
 // milliseconds. Compaction keeps of a finished event {"sha256":…,"at":…}, the first half of the hash of its id, and ends
 // the copy with {"copied":…}.
 //
-// OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. One
-// Journal at a time uses a directory: a later one takes over, and the earlier one refuses from then on.
+// OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. While a
+// compaction runs, claims go on; at its end they wait for the three syncs that make the copy whole. One Journal at a
+// time uses a directory: a later one takes over, and the earlier one refuses from then on.
 type Journal struct {
 	disk      disk
 	dir       string
@@ -264,6 +265,9 @@ func openJournal(d disk, dir string, retention time.Duration) (*Journal, error) 
 		claims: make(map[digest]*claim), damaged: make(map[int]bool),
 	}
 	if err := j.open(); err != nil {
+		if j.file != nil {
+			_ = j.file.Close()
+		}
 		return nil, fmt.Errorf("offloadhook: opening the journal: %w", err)
 	}
 	return j, nil
@@ -468,43 +472,36 @@ func (j *Journal) commit(g *group) {
 	j.commits.Lock()
 	defer j.commits.Unlock()
 	j.mu.Lock()
-	bad := j.bad
-	if bad != nil {
+	defer j.mu.Unlock()
+	err := j.closed
+	if j.bad != nil {
 		j.mu.Unlock()
-		bad = j.renew(true)
+		err = j.renew(true)
 		j.mu.Lock()
 	}
-	err := cmp.Or(g.err, j.closed, bad)
-	switch {
-	case err == nil:
-		err = j.write()
-	case g.err == nil:
+	if err != nil {
 		j.refuse(err)
+	} else if g.err == nil {
+		err = j.write()
+	}
+	if err != nil || g.err != nil { // refused
+		return
 	}
 	if j.group == g {
 		j.group = nil
 	}
-	if file := j.file; err == nil {
-		j.mu.Unlock()
-		err = file.Sync()
-		j.mu.Lock()
-		if err != nil {
-			err = fmt.Errorf("offloadhook: journal: %w", err)
-			j.bad = err
-			j.refuse(err)
-		} else {
-			err = j.owns()
-		}
-	}
-	for _, c := range g.claims {
-		c.group = nil
-		if err != nil {
-			j.end(c)
-		}
-	}
-	g.err = err
+	file := j.file
 	j.mu.Unlock()
-	close(g.synced)
+	err = file.Sync()
+	j.mu.Lock()
+	if err == nil {
+		err = j.owns()
+	} else {
+		err = fmt.Errorf("offloadhook: journal: %w", err)
+		j.bad = err
+		j.refuse(err)
+	}
+	j.settle(g, err)
 }
 
 // write writes buf. If that fails it cuts the file back to its last whole record. mu is held.
@@ -525,11 +522,23 @@ func (j *Journal) write() error {
 
 // refuse refuses the claims that no fsync has begun for. mu is held.
 func (j *Journal) refuse(err error) {
-	if j.group != nil {
-		j.group.err = err
+	if g := j.group; g != nil {
 		j.group = nil
+		j.settle(g, err)
 	}
 	j.buf = j.buf[:0]
+}
+
+// settle ends the wait of the claims of g. mu is held.
+func (j *Journal) settle(g *group, err error) {
+	for _, c := range g.claims {
+		c.group = nil
+		if err != nil {
+			j.end(c)
+		}
+	}
+	g.err = err
+	close(g.synced)
 }
 
 // owns returns an error unless the newest file is ours. A file is made exclusively, under a number that is one higher
@@ -579,10 +588,8 @@ func (j *Journal) create() (*copying, error) {
 
 // open takes over what is in dir, with a file of its own.
 func (j *Journal) open() error {
-	if _, err := j.generations(); errors.Is(err, fs.ErrNotExist) {
-		if err := j.disk.mkdir(j.dir); err != nil {
-			return err
-		}
+	if err := j.disk.mkdir(j.dir); err != nil {
+		return err
 	}
 	var dst *copying
 	for dst == nil {
@@ -611,7 +618,7 @@ func (j *Journal) load(top int) error {
 	gens, err := j.generations()
 	gens = slices.DeleteFunc(gens, func(gen int) bool { return gen >= top })
 	j.gen = top
-	whole := false
+	whole, oldest := false, time.Now().Add(-j.retention)
 	for i := len(gens) - 1; i >= 0 && err == nil && !whole; i-- {
 		if j.file != nil {
 			_ = j.file.Close()
@@ -633,7 +640,9 @@ func (j *Journal) load(top int) error {
 				if c != nil {
 					j.end(c)
 				}
-				j.done.add(rec.id, time.UnixMilli(rec.at))
+				if at := time.UnixMilli(rec.at); at.After(oldest) {
+					j.done.add(rec.id, at)
+				}
 			case "copied":
 				whole = true
 			case "":
@@ -644,7 +653,6 @@ func (j *Journal) load(top int) error {
 			}
 		}
 	}
-	j.done.expire(time.Now().Add(-j.retention))
 	return err
 }
 
@@ -915,10 +923,11 @@ type diskFile interface {
 type osDisk struct{}
 
 func (d osDisk) mkdir(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
+	err := os.MkdirAll(dir, 0o700)
+	for parent := filepath.Dir(dir); err == nil && parent != dir; dir, parent = parent, filepath.Dir(parent) {
+		_ = d.syncDir(parent) // so that dir itself lasts; as far as that is permitted
 	}
-	return d.syncDir(filepath.Dir(dir))
+	return err
 }
 
 func (osDisk) list(dir string) (names []string, err error) {

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 	"unicode"
-	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -182,7 +181,7 @@ func (env *Envelope) parse(body []byte) error {
 		switch string(name) {
 		case "event_id":
 			ids++
-			if env.EventID = text(value); !usableID(env.EventID) || !utf8.Valid(value) || halfPair(value) {
+			if env.EventID = text(value); !usableID(env.EventID) || !utf8.Valid(value) || halfPair(value, env.EventID) {
 				return fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
 			}
 		case "event_type":
@@ -208,30 +207,12 @@ func usableID(id string) bool {
 	return id != "" && len(id) <= 255 && utf8.ValidString(id) && strings.IndexFunc(id, unicode.IsControl) < 0
 }
 
-// halfPair reports whether a JSON string has a \u escape that is half of a surrogate pair. encoding/json reads each of
-// them as U+FFFD, which would make one id of two.
-func halfPair(value []byte) bool {
-	for i := 0; i < len(value); i++ {
-		if value[i] != '\\' {
-			continue
-		}
-		if i++; value[i] != 'u' {
-			continue
-		}
-		high, _ := strconv.ParseUint(string(value[i+1:i+5]), 16, 16)
-		if i += 4; !utf16.IsSurrogate(rune(high)) {
-			continue
-		}
-		if !bytes.HasPrefix(value[i+1:], []byte(`\u`)) {
-			return true
-		}
-		low, _ := strconv.ParseUint(string(value[i+3:i+7]), 16, 16)
-		if utf16.DecodeRune(rune(high), rune(low)) == unicode.ReplacementChar {
-			return true
-		}
-		i += 6
-	}
-	return false
+// halfPair reports whether value, a JSON string that spells id, has a \u escape that is half of a surrogate pair:
+// encoding/json reads each of them as U+FFFD, which would make one id of two.
+func halfPair(value []byte, id string) bool {
+	spelled := bytes.ToLower(bytes.ReplaceAll(value, []byte(`\\`), nil)) // without escaped backslashes
+	honest := bytes.Count(spelled, []byte(`\ufffd`)) + bytes.Count(spelled, []byte("\uFFFD"))
+	return strings.Count(id, "\uFFFD") != honest
 }
 
 // members yields the names and values of the members of a JSON object. It trusts that this is valid JSON; if not, what

@@ -164,7 +164,15 @@ func (r *Receiver) Shutdown(ctx context.Context) error {
 		}
 	}
 	r.cancel(ErrClosed)
-	<-r.swept
+	select {
+	case <-r.swept:
+	case <-ctx.Done():
+		select {
+		case <-r.swept:
+		default:
+			return ctx.Err()
+		}
+	}
 	return nil
 }
 
@@ -541,6 +549,9 @@ func (r *Receiver) done(ctx context.Context, t *task, result error) error {
 
 // storeFailed reports a failure of the store. If the inbox is closed or another's, that is the end.
 func (r *Receiver) storeFailed(t *task, step string, err error) error {
+	if errors.Is(err, ErrMalformed) {
+		err = errors.New(err.Error()) // it is not the sender's fault, and not for the sender to read
+	}
 	err = fmt.Errorf("offloadhook: %s: %w", step, err)
 	o, ctx := Observation{Outcome: StoreFailed, Err: err}, r.alive
 	if t != nil {
@@ -707,10 +718,13 @@ func (cb *Callbacks) call(ctx context.Context, env *Envelope) (outcome Outcome, 
 	default:
 		return Ignored, nil
 	}
-	if err != nil {
-		return Retrying, err
+	switch {
+	case err == nil:
+		return Handled, drift
+	case drift != nil:
+		err = errors.Join(err, drift)
 	}
-	return Handled, drift
+	return Retrying, err
 }
 
 func callTyped[T any](ctx context.Context, env *Envelope, f func(context.Context, *Envelope, *T) error) (
@@ -770,7 +784,7 @@ func (r *Receiver) settle(t *task, over bool) {
 	r.mu.Lock()
 	dead := r.alive.Err() != nil
 	switch {
-	case over || dead:
+	case over || dead || r.closed && r.inbox != nil && !t.ended: // Shutdown came meanwhile; the inbox keeps it
 		r.forget(t)
 		if t.next != nil {
 			r.makeReady(t.next)

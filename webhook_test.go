@@ -4785,8 +4785,8 @@ func TestOpenJournal(t *testing.T) {
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		for _, path := range []string{path, filepath.Join(path, "below")} {
-			j, err := OpenJournal(path, 0)
+		for _, dir := range []string{path, filepath.Join(path, "below")} {
+			j, err := OpenJournal(dir, 0)
 			if j != nil || err == nil || !strings.Contains(err.Error(), path) {
 				t.Errorf("got %v, %v; want an error that names %s", j, err, path)
 			} else {
