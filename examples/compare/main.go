@@ -46,7 +46,7 @@ func main() {
 	scale := flag.Bool("scale", false, "measure costs against the number of ids, events and cases: needs 4 GB of memory")
 	open := flag.Bool("open", false, "measure the opening of a large journal: needs 3 GB of memory and of disk")
 	p99 := flag.Bool("p99", false, "measure the slowest answers")
-	dir := flag.String("dir", "", "where the stores write: a real disk (default: the system's directory for temporary files)")
+	dir := flag.String("dir", "", "where the stores write, on a real disk (default the system's `directory` for such)")
 	most := flag.Int("ids", 10_000_000, "the largest `number` of remembered ids for -scale and -open, at least 1,000")
 	picture := flag.String("svg", "compare.svg", "where to draw the picture")
 	flag.Parse()

@@ -17,7 +17,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-var errNoPostgres = errors.New("PostgreSQL is not installed: apt-get install postgresql (macOS: brew install postgresql)")
+var errNoPostgres = errors.New(
+	"PostgreSQL is not installed: apt-get install postgresql (macOS: brew install postgresql)")
 
 // postgres is a server of its own, on a free port of the loopback and with a temporary directory.
 type postgres struct {
@@ -76,7 +77,8 @@ func startPostgres() (s *postgres, err error) {
 		}
 	}
 	data := filepath.Join(s.dir, "data")
-	initdb := command(filepath.Join(bin, "initdb"), "-D", data, "-U", "test", "-A", "trust", "-E", "UTF8", "--locale=C", "-N")
+	initdb := command(filepath.Join(bin, "initdb"), "-D", data, "-U", "test", "-A", "trust", "-E", "UTF8",
+		"--locale=C", "-N")
 	if out, err := initdb.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("initdb: %w: %s", err, out)
 	}

@@ -135,7 +135,9 @@ func (h *handmade) take(body []byte, handle func(*offloadhook.CaseCompleted)) (s
 	return h.run(env.EventID, &payload, handle)
 }
 
-func (h *handmade) run(id string, payload *offloadhook.CaseCompleted, handle func(*offloadhook.CaseCompleted)) (status int) {
+func (h *handmade) run(
+	id string, payload *offloadhook.CaseCompleted, handle func(*offloadhook.CaseCompleted),
+) (status int) {
 	if _, known := h.seen.LoadOrStore(id, struct{}{}); known {
 		return http.StatusOK
 	}
@@ -364,7 +366,8 @@ func (b *bench) printReceivers(results []receiverResult) {
 			base = r
 		}
 	}
-	fmt.Fprintf(b.out, "Events taken and handled, %d clients, as a multiple of *by hand*: the median of %d rounds of %s.\n\n",
+	fmt.Fprintf(b.out, "Events taken and handled, %d clients, as a multiple of *by hand*: "+
+		"the median of %d rounds of %s.\n\n",
 		b.clients, b.rounds, thousands(float64(b.requests)))
 	b.header("receiver", "over HTTP", "requests/s", "in process", "allocations", "does not do ")
 	for _, r := range results {

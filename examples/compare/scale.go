@@ -21,7 +21,7 @@ type scaleSizes struct {
 }
 
 var fullScale = scaleSizes{
-	rounds: 9, ids: []int{1_000, 100_000, 1_000_000, 10_000_000}, claims: 50_000, durable: 4_000,
+	rounds: 5, ids: []int{1_000, 100_000, 1_000_000, 10_000_000}, claims: 50_000, durable: 4_000,
 	events: []int{1, 1_000, 100_000}, flow: 20_000,
 }
 
@@ -43,8 +43,10 @@ func (b *bench) scaleTables() error {
 	for i, ids := range b.scale.ids {
 		m, j := memory[i], journal[i]
 		b.row(thousands(float64(ids)),
-			median(m.took).String(), fmt.Sprintf("%.2f", medianRatio(m.took, memory[0].took)), fmt.Sprintf("%.0f", m.bytes),
-			median(j.took).String(), fmt.Sprintf("%.2f", medianRatio(j.took, journal[0].took)), fmt.Sprintf("%.0f", j.bytes))
+			median(m.took).String(), fmt.Sprintf("%.2f", medianRatio(m.took, memory[0].took)),
+			fmt.Sprintf("%.0f", m.bytes),
+			median(j.took).String(), fmt.Sprintf("%.2f", medianRatio(j.took, journal[0].took)),
+			fmt.Sprintf("%.0f", j.bytes))
 	}
 	fmt.Fprintln(b.out)
 	b.header("a forced garbage collection", "time", "the world stopped for")
@@ -238,7 +240,8 @@ func (b *bench) scaleEvents() error {
 			}
 		}
 		for i, n := range b.scale.events {
-			b.row(thousands(float64(n))+" "+kind.name, median(took[i]).String(), fmt.Sprintf("%.2f", medianRatio(took[i], took[0])))
+			b.row(thousands(float64(n))+" "+kind.name, median(took[i]).String(),
+				fmt.Sprintf("%.2f", medianRatio(took[i], took[0])))
 		}
 	}
 	return nil
@@ -246,14 +249,14 @@ func (b *bench) scaleEvents() error {
 
 // eventOf makes the nth event, of a case.
 func eventOf(n, ofCase int) []byte {
-	return fmt.Appendf(nil, `{"event_id":%q,"event_type":%q,"timestamp":1774131900000,"data":{"caseId":%q,"result":{"n":%d}}}`,
-		eventID(n), offloadhook.TypeCaseCompleted, numberedCase(ofCase), n)
+	return fmt.Appendf(nil, `{"event_id":%q,"event_type":%q,"timestamp":1774131900000,`+
+		`"data":{"caseId":%q,"result":{"n":%d}}}`, eventID(n), offloadhook.TypeCaseCompleted, numberedCase(ofCase), n)
 }
 
 var errLater = errors.New("later")
 
-// beside returns what an event takes while others wait, of so many cases: the first of each has failed, and rests for an
-// hour before its next attempt.
+// beside returns what an event takes while others wait, of so many cases: the first of each case has failed, and rests
+// for an hour before its next attempt.
 func (b *bench) beside(waiting, cases int) (took time.Duration, err error) {
 	var handled, failed sync.WaitGroup
 	failed.Add(cases)
@@ -267,7 +270,8 @@ func (b *bench) beside(waiting, cases int) (took time.Duration, err error) {
 			handled.Done()
 			return nil
 		},
-	}, offloadhook.WithBacklog(2*(waiting+b.scale.flow)), offloadhook.WithRetry(2, time.Hour), offloadhook.WithObserver(silent))
+	}, offloadhook.WithBacklog(2*(waiting+b.scale.flow)), offloadhook.WithRetry(2, time.Hour),
+		offloadhook.WithObserver(silent))
 	defer func() {
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()

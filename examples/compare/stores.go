@@ -78,7 +78,8 @@ func openSQLite(dir string) (claimFunc, func() error, error) {
 	return claim, func() error { return errors.Join(insert.Close(), db.Close()) }, nil
 }
 
-// openBolt opens a bbolt database. A batch ends when it has size claims, or 10 ms after its first; 0 leaves the default.
+// openBolt opens a bbolt database. A batch ends when it has size claims, 0 being the default of 1,000, or 10 ms after its
+// first.
 func openBolt(batch bool, size int) func(dir string) (claimFunc, func() error, error) {
 	return func(dir string) (claimFunc, func() error, error) {
 		if err := os.Mkdir(dir, 0o700); err != nil {
@@ -166,7 +167,9 @@ func envelopes(first, n int) ([]*offloadhook.Envelope, error) {
 }
 
 // claimAll claims events, clients at once, until the time is over, and returns how many.
-func claimAll(claim claimFunc, envs []*offloadhook.Envelope, clients int, limit time.Duration, fresh bool) (int, error) {
+func claimAll(
+	claim claimFunc, envs []*offloadhook.Envelope, clients int, limit time.Duration, fresh bool,
+) (int, error) {
 	ctx, start := context.Background(), time.Now()
 	var next atomic.Int64
 	var claiming sync.WaitGroup
@@ -195,8 +198,8 @@ func claimAll(claim claimFunc, envs []*offloadhook.Envelope, clients int, limit 
 	return n, errors.Join(failed...)
 }
 
-// runStore claims envs for a while and returns how many a second. Each must be new, and known from then on. The claims of
-// warm come first, to open connections and files.
+// runStore claims envs for a while and returns how many a second. Each must be new, and known from then on. The claims
+// of warm come first, to open connections and files.
 func (b *bench) runStore(c store, warm, envs []*offloadhook.Envelope) (perSecond float64, err error) {
 	claim, end, err := c.open(b.folder())
 	if err != nil {
@@ -236,7 +239,8 @@ func (b *bench) compareStores() ([]storeResult, error) {
 	default:
 		defer server.stop()
 		name := postgresName + " " + server.version
-		contestants = append(contestants, store{name, "come without a server; but replicas can share it", openPostgres(server, b.clients)})
+		lacks := "come without a server; but replicas can share it"
+		contestants = append(contestants, store{name, lacks, openPostgres(server, b.clients)})
 	}
 	envs, err := envelopes(0, b.clients+b.claims)
 	if err != nil {
@@ -265,6 +269,7 @@ func (b *bench) printStores(results []storeResult) {
 		b.clients, b.rounds, b.claiming)
 	b.header("store", "claims/s", "Journal does", "does not ")
 	for _, r := range results {
-		b.row(r.name, thousands(median(r.claims)), fmt.Sprintf("%.1f times", medianRatio(results[0].claims, r.claims)), r.lacks)
+		times := fmt.Sprintf("%.1f times", medianRatio(results[0].claims, r.claims))
+		b.row(r.name, thousands(median(r.claims)), times, r.lacks)
 	}
 }

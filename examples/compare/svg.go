@@ -13,7 +13,7 @@ type bar struct {
 	Value string
 	Width float64
 	Y     int
-	Ours  bool
+	Class string
 }
 
 type barGroup struct {
@@ -43,7 +43,7 @@ var picture = template.Must(template.New("svg").Parse(`<svg xmlns="http://www.w3
   <text class="title" x="20" y="{{.Y}}">{{.Title}}</text>
 {{- range .Bars}}
   <text x="250" y="{{.Y}}" dy="14" text-anchor="end">{{.Name}}</text>
-  <rect class="{{if .Ours}}ours{{else}}bar{{end}}" x="260" y="{{.Y}}" width="{{printf "%.1f" .Width}}" height="18" rx="2"/>
+  <rect class="{{.Class}}" x="260" y="{{.Y}}" width="{{printf "%.1f" .Width}}" height="18" rx="2"/>
   <text x="{{printf "%.1f" .End}}" y="{{.Y}}" dy="14">{{.Value}}</text>
 {{- end}}
 {{- end}}
@@ -94,9 +94,13 @@ func newGroup(title string, values map[string]float64, y *int) barGroup {
 		return 1
 	})
 	for _, name := range names {
+		class := "bar"
+		if strings.HasPrefix(name, "offloadhook") || name == journalName {
+			class = "ours"
+		}
 		group.Bars = append(group.Bars, bar{
 			Name: name, Value: thousands(values[name]), Width: 400 * values[name] / values[names[0]], Y: *y,
-			Ours: strings.HasPrefix(name, "offloadhook") || name == journalName,
+			Class: class,
 		})
 		*y += 24
 	}
