@@ -60,8 +60,11 @@ func writeRecord(out *bufio.Writer, record []byte) {
 func readJournal(dir string) (size int64, took time.Duration, err error) {
 	start := time.Now()
 	paths, err := filepath.Glob(filepath.Join(dir, "events-*.log"))
-	if err != nil || len(paths) != 1 {
-		return 0, 0, fmt.Errorf("%s holds %d files, %w", dir, len(paths), err)
+	if err != nil {
+		return 0, 0, err
+	}
+	if len(paths) != 1 {
+		return 0, 0, fmt.Errorf("%s holds %d files, want 1", dir, len(paths))
 	}
 	file, err := os.Open(paths[0])
 	if err != nil {
@@ -131,8 +134,12 @@ func (b *bench) openOnce(dir string) (took time.Duration, err error) {
 		return 0, fmt.Errorf("%d events are unfinished, want %d", pending, b.open.unfinished)
 	}
 	for _, n := range []int{0, b.open.finished / 2, b.open.finished - 1} {
-		if fresh, err := journal.Claim(ctx, &offloadhook.Envelope{EventID: eventID(n)}); fresh || err != nil {
-			return 0, fmt.Errorf("claim of a finished event: %v, %w", fresh, err)
+		fresh, err := journal.Claim(ctx, &offloadhook.Envelope{EventID: eventID(n)})
+		if err != nil {
+			return 0, err
+		}
+		if fresh {
+			return 0, fmt.Errorf("%s is finished, and could be claimed", eventID(n))
 		}
 	}
 	return took, nil
