@@ -271,7 +271,7 @@ const (
 	Accepted    Outcome = "accepted"     // got a 202
 	Duplicate   Outcome = "duplicate"    // got a 200
 	Refused     Outcome = "refused"      // got a 4xx or a 503: the event is lost unless the body is kept
-	Handled     Outcome = "handled"      // its callback returned nil; Err is set where the data did not fit its struct
+	Handled     Outcome = "handled"      // its callback returned nil, and Done knows; Err is set where the data did not fit
 	Ignored     Outcome = "ignored"      // no callback takes its type
 	Retrying    Outcome = "retrying"     // its callback failed and will be called again
 	GaveUp      Outcome = "gave_up"      // its callback failed for the last time: the id may be claimed again
@@ -664,7 +664,7 @@ func (r *Receiver) work() {
 		}
 		r.mu.Unlock()
 		if t.ended {
-			r.record(t)
+			r.settle(t, r.record(t))
 		} else {
 			r.run(t)
 		}
@@ -761,21 +761,22 @@ func (r *Receiver) finish(t *task, o Observation) {
 		r.mu.Lock()
 		t.ended = true
 		r.mu.Unlock()
+		over := r.record(t)
 		r.observe(t.ctx, o)
-		r.record(t)
+		r.settle(t, over)
 		return
 	}
 	r.observe(t.ctx, o)
 	r.settle(t, true)
 }
 
-// record tells the store how t ended. If that fails it is tried again, never the callback.
-func (r *Receiver) record(t *task) {
+// record tells the store how t ended, and reports whether that is over. If not it is tried again, never the callback.
+func (r *Receiver) record(t *task) (over bool) {
 	err := r.done(t.ctx, t, t.result)
 	if err != nil {
 		t.records++
 	}
-	r.settle(t, err == nil || r.alive.Err() != nil || r.inbox == nil && t.records == doneAttempts)
+	return err == nil || r.alive.Err() != nil || r.inbox == nil && t.records == doneAttempts
 }
 
 // settle ends t, or lets it rest until the next attempt (promise 4). While it rests it takes no part of the concurrency
