@@ -3339,6 +3339,7 @@ type diskProcess struct {
 	struck  int      // how many have failed
 	dead    bool
 	onSync  func() // called at the beginning of an fsync of a file
+	onRead  func(size int)
 	onWrite func(b []byte)
 }
 
@@ -3476,6 +3477,9 @@ type diskHandle struct {
 }
 
 func (h *diskHandle) ReadAt(b []byte, off int64) (n int, err error) {
+	if h.p.onRead != nil {
+		h.p.onRead(len(b))
+	}
 	h.p.mu.Lock()
 	defer h.p.mu.Unlock()
 	if err := h.p.step("read", h.path); err != nil {
@@ -5964,5 +5968,296 @@ func TestRow24Promises(t *testing.T) {
 		if promiseSchedule(t, schedule); t.Failed() {
 			t.Fatalf("seed %d: %v", seed, schedule)
 		}
+	}
+}
+
+// An fsync fails while claims are in line for the next one. All of them are refused, and the journal goes on.
+func TestRow07FsyncFailsWithQueue(t *testing.T) {
+	for _, waiting := range []int{1, 3} {
+		t.Run(fmt.Sprint(waiting), func(t *testing.T) {
+			d := newDisk().process()
+			j, err := openJournal(d, "journal", 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			begun, goOn := make(chan bool), make(chan bool)
+			d.onSync = func() {
+				begun <- true
+				<-goOn
+				d.mu.Lock()
+				defer d.mu.Unlock()
+				d.fault = diskFault{from: d.ops + 1, span: 1}
+			}
+			answers := make(chan error, waiting+1)
+			claim := func(i int) {
+				_, err := j.Claim(context.Background(), journalEvent(fmt.Sprint("evt_", i), i, 0))
+				answers <- err
+			}
+			go claim(0)
+			<-begun
+			for i := range waiting {
+				go claim(1 + i)
+			}
+			journalWait(t, "the others to be in line", func() bool {
+				j.mu.Lock()
+				defer j.mu.Unlock()
+				return j.group != nil && len(j.group.claims) == waiting
+			})
+			d.onSync = nil
+			close(goOn)
+			journalWait(t, "every claim to be answered", func() bool { return len(answers) == waiting+1 })
+			for range waiting + 1 {
+				if err := <-answers; !errors.Is(err, errDisk) {
+					t.Errorf("a claim got %v, want %v", err, errDisk)
+				}
+			}
+			m := newJournalModel(t)
+			m.expectPending(j, false, false)
+			for i := range waiting + 1 {
+				if id := fmt.Sprint("evt_", i); !m.claim(j, journalEvent(id, i, 0)) {
+					t.Errorf("%s is refused although the disk works again", id)
+				}
+			}
+			m.expectPending(j, false, false)
+			if err := j.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// A journal is opened while another process that uses it is ending a compaction, which then fails.
+func TestRow09TakeoverDuringCompaction(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		sync  int // of the compaction, during which the other reads
+		fault diskFault
+	}{
+		{name: "before the copy is whole", sync: 2},
+		{name: "when its last fsync fails", sync: 3, fault: diskFault{from: 1, span: 1 << 30, only: "sync"}},
+	} {
+		inBubble(t, test.name, func(t *testing.T) {
+			medium, m := newDisk(), newJournalModel(t)
+			slow, fast := medium.process(), medium.process()
+			loser, err := openJournal(slow, "journal", 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range 3 {
+				m.claim(loser, journalEvent(fmt.Sprint("evt_", i), i, 0))
+			}
+			goOn, done := make(chan bool), make(chan error, 1)
+			syncs := 0
+			slow.onSync = func() {
+				if syncs++; syncs != test.sync {
+					return
+				}
+				<-goOn
+				medium.mu.Lock()
+				defer medium.mu.Unlock()
+				slow.fault = test.fault
+			}
+			go func() { done <- loser.renew(false) }()
+			synctest.Wait()
+			fast.onRead = func(size int) {
+				if size >= 1<<17 {
+					return // it reads the file; when it copies, it reads one record at a time
+				}
+				fast.onRead = nil
+				close(goOn)
+				if err := <-done; err == nil {
+					t.Error("the compaction succeeded in the end")
+				}
+			}
+			winner, err := openJournal(fast, "journal", 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if errs := m.expectPending(winner, true, false); len(errs) > 0 {
+				t.Error(errs)
+			}
+			expectEqual(t, "fsyncs of the compaction", syncs, test.sync)
+		})
+	}
+}
+
+// A compaction fails, at every step; what is acknowledged after it outlasts the death of the process, and a power loss.
+func TestRow09CompactionFailsThenPowerLoss(t *testing.T) {
+	fails := func(step int, powerLoss bool) bool {
+		medium, m := newDisk(), newJournalModel(t)
+		d := medium.process()
+		j, err := openJournal(d, "journal", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.claim(j, journalEvent("evt_1", 0, 0))
+		before := len(d.steps)
+		d.fault = diskFault{from: before + step, span: 1}
+		_ = j.renew(false)
+		d.heal()
+		if !m.claim(j, journalEvent("evt_2", 1, 0)) {
+			t.Error("nothing is acknowledged although the disk works again")
+		}
+		d.die()
+		if powerLoss {
+			medium.losePower(rand.New(rand.NewPCG(1, 1)), 0)
+		}
+		if j, err = openJournal(medium.process(), "journal", 0); err != nil {
+			t.Fatal(err)
+		}
+		m.expectPending(j, true, false)
+		if t.Failed() {
+			t.Fatalf("step %d of %q, power loss %v", step, d.steps[before:], powerLoss)
+		}
+		return d.struck > 0
+	}
+	for _, powerLoss := range []bool{false, true} {
+		step := 1
+		for fails(step, powerLoss) {
+			step++
+		}
+		if step < 10 {
+			t.Errorf("a compaction took %d steps", step-1)
+		}
+	}
+}
+
+// An id comes again after its retention and is handled again. From then on it is remembered anew, over a restart too.
+func TestRow12RetentionAndRestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		medium, env := newDisk(), journalEvent("evt_1", 0, 0)
+		open := func() *Journal {
+			j, err := openJournal(medium.process(), "journal", time.Hour)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return j
+		}
+		expect := func(j *Journal, want bool) {
+			t.Helper()
+			if fresh, err := j.Claim(t.Context(), env); fresh != want || err != nil {
+				t.Errorf("Claim = %v, %v, want %v, nil", fresh, err, want)
+			}
+		}
+		j := open()
+		for range 2 {
+			time.Sleep(2 * time.Hour)
+			expect(j, true)
+			if err := j.Done(t.Context(), env, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(59 * time.Minute)
+		expect(j, false)
+		if err := j.Close(); err != nil {
+			t.Fatal(err)
+		}
+		j = open()
+		expect(j, false)
+		time.Sleep(time.Minute)
+		expect(j, true)
+	})
+}
+
+// A callback has failed, and Shutdown comes before its next attempt is planned: the inbox keeps the event.
+func TestShutdownBetweenAttempts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in, goOn := new(fakeInbox), make(chan bool)
+		r := newRig(t, func(context.Context, *Envelope) error { return errTest },
+			WithInbox(in), WithRetry(3, time.Hour), WithObserver(func(_ context.Context, o Observation) {
+				if o.Outcome == Retrying {
+					<-goOn
+				}
+			}))
+		synctest.Wait()
+		r.deliver(t, "evt_1", "case_1")
+		synctest.Wait()
+		start, done := time.Now(), make(chan error)
+		go func() { done <- r.Shutdown(context.Background()) }()
+		synctest.Wait()
+		close(goOn)
+		if err := <-done; err != nil {
+			t.Errorf("Shutdown: %v", err)
+		}
+		expectEqual(t, "took", time.Since(start), 0)
+		expectList(t, "called", r.called(), "evt_1")
+		expectList(t, "in the store", in.pending(), "evt_1")
+	})
+}
+
+// The inbox hangs while it is read, which may not keep Shutdown longer than its context.
+func TestShutdownWhilePendingHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := &fakeInbox{onPending: func(int) error { time.Sleep(time.Hour); return nil }}
+		r := newRig(t, nil, WithInbox(in))
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		start := time.Now()
+		if err := r.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Shutdown: %v", err)
+		}
+		expectEqual(t, "took", time.Since(start), time.Second)
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		expectEqual(t, "goroutines left", ourGoroutines(), 0)
+	})
+}
+
+// A store's error is for the observer: the sender is told that the store failed, whatever the error wraps.
+func TestStoreErrorStaysInside(t *testing.T) {
+	const secret = "db at 10.0.0.7"
+	fail := func(context.Context, *Envelope) error { return fmt.Errorf("%s: %w", secret, ErrMalformed) }
+	for name, opts := range map[string][]Option{
+		"deduper": {WithDeduper(&spyStore{onClaim: fail}), WithFailClosed()},
+		"inbox":   {WithInbox(&fakeInbox{onClaim: fail})},
+	} {
+		inBubble(t, name, func(t *testing.T) {
+			r := newRig(t, nil, opts...)
+			synctest.Wait()
+			w := httptest.NewRecorder()
+			r.ServeHTTP(w, httptest.NewRequest("POST", "/", bytes.NewReader(eventBody("evt_1", "case_1"))))
+			expectEqual(t, "status", w.Code, http.StatusServiceUnavailable)
+			expectEqual(t, "answer", strings.TrimSpace(w.Body.String()), "offloadhook: the store failed")
+			told := r.observations("evt_1")
+			if len(told) == 0 || told[0].Outcome != StoreFailed || !strings.Contains(told[0].Err.Error(), secret) {
+				t.Errorf("the observer was told %v, want the error", told)
+			}
+		})
+	}
+}
+
+// OpenJournal fails, at every step, and leaves no file open.
+func TestOpenJournalLeaksNoFile(t *testing.T) {
+	medium, m := newDisk(), newJournalModel(t)
+	journalLife(m, medium.process(), "a", false)
+	failures := 0
+	for step := 1; ; step++ {
+		d := medium.process()
+		d.fault = diskFault{from: step, span: 1}
+		j, err := openJournal(d, "journal", 0)
+		if err == nil {
+			_ = j.Close()
+		} else {
+			failures++
+		}
+		open := 0
+		for i, s := range d.steps {
+			switch {
+			case s == "close":
+				open++
+			case (s == "open" || s == "create") && i+1 != step:
+				open--
+			}
+		}
+		if open != 0 {
+			t.Errorf("step %d: %d more files closed than opened: %q", step, open, d.steps)
+		}
+		if d.struck == 0 {
+			break
+		}
+	}
+	if failures < 10 {
+		t.Errorf("the opening failed %d times", failures)
 	}
 }
