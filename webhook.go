@@ -246,8 +246,9 @@ func WithFailClosed() Option {
 	return option(func(r *Receiver) { r.failClosed = true })
 }
 
-// WithObserver sets what is told of every outcome. f is called in line and concurrently, must return quickly and must
-// not panic. The default logs the problems to slog.Default, without the bodies. It panics when f is nil.
+// WithObserver sets what is told of every outcome. f is called in line and concurrently, so that Handled may come before
+// the Accepted of the same event; it must return quickly and must not panic. The default logs the problems to
+// slog.Default, without the bodies. It panics when f is nil.
 func WithObserver(f func(context.Context, Observation)) Option {
 	return optionIf(f != nil, "WithObserver wants a function", func(r *Receiver) { r.observe = f })
 }
