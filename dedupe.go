@@ -687,16 +687,17 @@ func (j *Journal) renew(still bool) error {
 	return err
 }
 
-// replace copies what is alive to dst, and makes that the file. Claims stop for the fsync at the end of it.
+// replace copies what is alive to dst, and makes that the file. Claims stop for the syncs at the end of it.
 func (j *Journal) replace(dst *copying, still bool) (err error) {
 	whole := false
 	defer func() {
-		if err != nil && !whole { // its number stays taken, as another process may have seen it; its room on the disk does not
+		if err == nil {
+			return
+		}
+		if !whole { // its number stays taken, as another process may have seen it; its room on the disk does not
 			_ = dst.file.Truncate(0)
 		}
-		if err != nil {
-			_ = dst.file.Close()
-		}
+		_ = dst.file.Close()
 	}()
 	var src diskFile
 	for more := true; more && err == nil; {

@@ -742,6 +742,7 @@ func (r *Receiver) finish(t *task, o Observation) {
 	r.mu.Lock()
 	dead, draining := r.alive.Err() != nil, r.closed
 	r.mu.Unlock()
+	over := true
 	switch {
 	case o.Outcome == Retrying && dead: // abandon has reported it
 		r.settle(t, false)
@@ -749,9 +750,7 @@ func (r *Receiver) finish(t *task, o Observation) {
 	case o.Outcome == Retrying && draining && r.inbox != nil:
 		o.Outcome = Unfinished // the inbox keeps it
 	case o.Outcome == Retrying && t.attempt < r.attempts:
-		r.observe(t.ctx, o)
-		r.settle(t, false)
-		return
+		over = false
 	default:
 		if o.Outcome == Retrying {
 			o.Outcome = GaveUp
@@ -762,13 +761,10 @@ func (r *Receiver) finish(t *task, o Observation) {
 		r.mu.Lock()
 		t.ended = true
 		r.mu.Unlock()
-		over := r.record(t)
-		r.observe(t.ctx, o)
-		r.settle(t, over)
-		return
+		over = r.record(t)
 	}
 	r.observe(t.ctx, o)
-	r.settle(t, true)
+	r.settle(t, over)
 }
 
 // record tells the store how t ended, and reports whether that is over. If not it is tried again, never the callback.
