@@ -21,7 +21,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -125,10 +124,9 @@ func digestOf(id string) digest {
 // idSet is a set of ids in the order in which they were added, which is the order in which they expire. It holds no
 // pointer per id for the garbage collector to follow.
 type idSet struct {
-	ids     map[digest]struct{}
-	queue   [][]idTime // idBlock to a block, so that a queue that grows holds no room for as much again
-	head    int        // how many of the first block have been dropped
-	dropped uint64     // how many have been in all
+	ids   map[digest]struct{}
+	queue [][]idTime // idBlock to a block, so that a queue that grows holds no room for as much again
+	head  int        // how many of the first block have been dropped
 }
 
 type idTime struct {
@@ -145,10 +143,16 @@ func (s *idSet) has(d digest) bool {
 	return found
 }
 
-// nth returns the nth oldest id, from 0.
-func (s *idSet) nth(n int) idTime {
-	n += s.head
-	return s.queue[n/idBlock][n%idBlock]
+// oldest returns the id to go next.
+func (s *idSet) oldest() idTime { return s.queue[0][s.head] }
+
+// blocks returns the ids that are in the set now. They may be read while others are added.
+func (s *idSet) blocks() [][]idTime {
+	blocks := slices.Clone(s.queue)
+	if len(blocks) > 0 {
+		blocks[0] = blocks[0][s.head:]
+	}
+	return slices.DeleteFunc(blocks, func(block []idTime) bool { return len(block) == 0 })
 }
 
 // add adds d unless it is in the set.
@@ -170,68 +174,70 @@ func (s *idSet) add(d digest, at time.Time) {
 
 // expire drops what was added at or before then.
 func (s *idSet) expire(then time.Time) {
-	for s.len() > 0 && s.nth(0).at <= then.UnixMilli() {
+	for s.len() > 0 && s.oldest().at <= then.UnixMilli() {
 		s.drop()
 	}
 }
 
 // drop drops the oldest id.
 func (s *idSet) drop() {
-	delete(s.ids, s.nth(0).id)
-	s.dropped++
+	delete(s.ids, s.oldest().id)
 	if s.head++; s.head == idBlock {
 		s.queue[0] = nil
 		s.queue, s.head = s.queue[1:], 0
 	}
 }
 
-// Journal is the Inbox for one process with a local disk: an append-only text file in a directory of its own, a record
-// a line: a checksum (CRC-32C in hex), a space, and JSON. {"id":…,"at":…,"event":…} is a claim with the body as it was
+// Journal is the Inbox for one process with a local disk: append-only text files in a directory of its own, a record a
+// line: a checksum (CRC-32C in hex), a space, and JSON. {"id":…,"at":…,"event":…} is a claim with the body as it was
 // received, or "base64" where that has line breaks or white space around it; {"done":…,"at":…} is its end; times are Unix
-// milliseconds. Compaction keeps of a finished event {"sha256":…,"at":…}, the first half of the hash of its id, and ends
-// the copy with {"copied":…}.
+// milliseconds. Of finished events, compaction keeps {"sha256":…,"at":…}: the first halves of the hashes of their ids,
+// and the time of the last.
 //
-// OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. While a
-// compaction runs, claims go on; at its end they wait for the three syncs that make the copy whole. One Journal at a
-// time uses a directory: a later one takes over, and the earlier one refuses from then on.
+// OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. Claims go
+// on during a compaction, but for one fsync of the directory. One Journal at a time uses a directory: a later one takes
+// over, and the earlier one refuses from then on.
 type Journal struct {
 	disk      disk
 	dir       string
 	retention time.Duration
 
-	commits    sync.Mutex // held while the file is synced or replaced; locked before mu
+	renewal    sync.Mutex // held by renew; locked before mu
+	commits    sync.Mutex // held during the fsync of a group; locked before mu
 	compaction sync.WaitGroup
 
-	mu         sync.Mutex // protects what follows; held during no fsync but those that end a compaction
+	mu         sync.Mutex // protects what follows; held during no fsync of a file
 	closed     error      // set for good when the journal is closed, or another's
-	bad        error      // an fsync has failed, or a torn record could not be cut off: never use file again
-	file       diskFile
-	gen, top   int    // the number of file, and of the newest file that this journal has made
-	size       int64  // of file: whole records
-	buf        []byte // records to be written
-	group      *group // the claims that the next fsync is for
+	files      []*logFile // by number; the last is the one to write to
+	buf        []byte     // records to be written to it
+	group      *group     // the claims that the next fsync is for
 	claims     map[digest]*claim
 	order      []*claim // the claims, oldest first; also some that have ended
-	count      uint64   // of all claims so far
-	live       int64    // bytes in file of the claims
+	live       int64    // bytes of the claims
 	done       idSet
-	started    bool         // Pending has been called
-	reports    []error      // for Pending to yield
-	damaged    map[int]bool // files that have damaged records, by number
-	slack      int64        // bytes of garbage that are not worth a compaction
-	compacting bool         // a compaction is under way
+	started    bool    // Pending has been called
+	reports    []error // for Pending to yield
+	compacting bool    // a compaction is under way
+	slack      int64   // bytes of garbage that are not worth one
 }
 
 var _ Inbox = (*Journal)(nil)
 
+// logFile is a file of the journal.
+type logFile struct {
+	diskFile
+	gen     int   // its number
+	size    int64 // of whole records
+	bad     error // an fsync has failed, or a torn record could not be cut off: write no more, trust no later fsync
+	damaged bool  // it has damaged records
+}
+
 // claim is an event that is claimed and not done. Its payload stays in the file.
 type claim struct {
 	id     digest
-	seq    uint64
-	file   diskFile
+	file   *logFile
 	off    int64 // of its line
 	size   int
-	copied int64  // off, in the file that a compaction writes
 	group  *group // until it is durable
 	gaveUp int64  // when, in Unix milliseconds; 0 if it was not
 	ended  bool
@@ -239,6 +245,7 @@ type claim struct {
 
 // group is a number of claims that share one fsync.
 type group struct {
+	file   *logFile
 	claims []*claim
 	synced chan struct{} // closed when err is set
 	err    error
@@ -246,8 +253,8 @@ type group struct {
 
 const (
 	restAfterGivingUp = 10 * time.Minute
-	doneBytes         = 70      // what compaction keeps of a finished event
 	smallGarbage      = 1 << 20 // bytes
+	manyFiles         = 16
 )
 
 // OpenJournal opens the journal in dir, which it makes if need be, and takes over from the Journal that uses it. The
@@ -261,37 +268,51 @@ func openJournal(d disk, dir string, retention time.Duration) (*Journal, error) 
 	if retention <= 0 {
 		retention = 30 * 24 * time.Hour
 	}
-	j := &Journal{
-		disk: d, dir: dir, retention: retention, slack: smallGarbage,
-		claims: make(map[digest]*claim), damaged: make(map[int]bool),
-	}
+	j := &Journal{disk: d, dir: dir, retention: retention, slack: smallGarbage, claims: make(map[digest]*claim)}
 	if err := j.open(); err != nil {
-		if j.file != nil {
-			_ = j.file.Close()
+		j.closed = err
+		if len(j.files) > 0 {
+			_ = j.disk.remove(j.path(j.last().gen)) // empty; lest each attempt leaves one
 		}
+		_ = j.Close()
 		return nil, fmt.Errorf("offloadhook: opening the journal: %w", err)
 	}
 	return j, nil
 }
 
 // Close ends the use of the journal: from then on it refuses, with ErrClosed. Shut the receiver down first.
-func (j *Journal) Close() error {
+func (j *Journal) Close() (err error) {
 	j.mu.Lock()
 	if j.closed == nil {
 		j.closed = fmt.Errorf("%w: the journal in %s", ErrClosed, j.dir)
 	}
 	j.mu.Unlock()
 	j.compaction.Wait()
+	j.renewal.Lock()
+	defer j.renewal.Unlock()
 	j.commits.Lock()
 	defer j.commits.Unlock()
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	file := j.file
-	if file == nil {
-		return nil
+	for _, file := range j.files {
+		err = errors.Join(err, file.Sync(), file.Close())
 	}
-	j.file = nil
-	return errors.Join(file.Sync(), file.Close())
+	j.files = nil
+	return err
+}
+
+// lock locks mu where the journal can be written to. When an fsync has failed, it first goes on in a new file.
+func (j *Journal) lock() error {
+	j.mu.Lock()
+	for j.closed == nil && j.last().bad != nil {
+		j.mu.Unlock()
+		if err := j.renew(true); err != nil {
+			return err
+		}
+		j.mu.Lock()
+	}
+	if j.closed != nil {
+		defer j.mu.Unlock()
+	}
+	return j.closed
 }
 
 // Claim returns when the event is durable: written and synced, together with the claims that came meanwhile.
@@ -302,21 +323,13 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	if !usableID(env.EventID) {
 		return false, fmt.Errorf("%w: the event_id is unusable", ErrMalformed)
 	}
-	d := digestOf(env.EventID)
-	j.mu.Lock()
-	now := time.Now()
+	if err := j.lock(); err != nil {
+		return false, err
+	}
+	d, now := digestOf(env.EventID), time.Now()
 	j.done.expire(now.Add(-j.retention))
 	c := j.claims[d]
-	switch {
-	case j.closed != nil:
-		defer j.mu.Unlock()
-		return false, j.closed
-	case c != nil && c.group != nil:
-		g := c.group
-		j.mu.Unlock()
-		<-g.synced
-		return false, g.err
-	case c != nil || j.done.has(d):
+	if c != nil && c.group == nil || c == nil && j.done.has(d) {
 		defer j.mu.Unlock()
 		if err := j.owns(); err != nil || c == nil || c.gaveUp == 0 {
 			return false, err
@@ -324,48 +337,48 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 		c.gaveUp = 0 // it is durable already
 		return true, nil
 	}
-	g, leads := j.group, j.group == nil
+	fresh = c == nil
+	leads := fresh && j.group == nil
 	if leads {
-		g = &group{synced: make(chan struct{})}
-		j.group = g
+		j.group = &group{file: j.last(), synced: make(chan struct{})}
 	}
-	start := len(j.buf)
-	j.buf = appendRecord(j.buf, "id", quote(env.EventID), now.UnixMilli(), env.Raw)
-	c = &claim{id: d, group: g, file: j.file, off: j.size + int64(start), size: len(j.buf) - start}
-	j.add(c)
-	g.claims = append(g.claims, c)
+	if fresh {
+		start := len(j.buf)
+		j.buf = appendRecord(j.buf, "id", quote(env.EventID), now.UnixMilli(), env.Raw)
+		c = &claim{id: d, group: j.group, file: j.last(), off: j.last().size + int64(start), size: len(j.buf) - start}
+		j.add(c)
+		j.group.claims = append(j.group.claims, c)
+	}
+	g := c.group
 	j.mu.Unlock()
 	if leads {
 		j.commit(g)
 	}
 	<-g.synced
-	return g.err == nil, g.err
+	return fresh && g.err == nil, g.err
 }
 
 // Done records the end of an event at once. It does not wait until that is durable.
 func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
-	d := digestOf(env.EventID)
-	j.mu.Lock()
+	if err := j.lock(); err != nil {
+		return err
+	}
 	defer j.mu.Unlock()
-	c, now := j.claims[d], time.Now()
+	c, now := j.claims[digestOf(env.EventID)], time.Now()
 	switch {
-	case j.closed != nil:
-		return j.closed
 	case c == nil || c.group != nil || c.gaveUp != 0:
 		return nil
 	case result != nil:
 		c.gaveUp = now.UnixMilli()
 		return nil
-	case j.bad != nil:
-		return j.bad
 	}
 	j.buf = appendRecord(j.buf, "done", quote(env.EventID), now.UnixMilli(), nil)
 	if err := j.write(); err != nil {
 		return err
 	}
 	j.end(c)
-	j.done.add(d, now)
-	if garbage := j.size - j.live - doneBytes*int64(j.done.len()); garbage > j.size/2+j.slack && !j.compacting {
+	j.done.add(c.id, now)
+	if !j.compacting && j.garbage(j.slack) {
 		j.compacting = true
 		j.compaction.Go(j.compact)
 	}
@@ -375,35 +388,26 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 // Pending yields the unfinished events, oldest first, after what has been found damaged since the last call.
 func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 	return func(yield func(*Envelope, error) bool) {
-		j.mu.Lock()
-		if j.bad != nil {
-			j.mu.Unlock()
-			j.commit(&group{synced: make(chan struct{})}) // which replaces the file
-			j.mu.Lock()
+		if err := j.lock(); err != nil {
+			yield(nil, err)
+			return
 		}
-		err := j.owns()
-		owned := err == nil
-		if owned {
+		err, owned := j.owns(), j.closed == nil
+		if err == nil {
 			err, j.reports = errors.Join(j.reports...), nil
 		}
-		all, newest, seq := !j.started, j.count, uint64(0)
+		all, order := !j.started, slices.Clone(j.order)
 		j.started = true
 		j.mu.Unlock()
 		if err != nil && !yield(nil, err) || !owned {
 			return
 		}
-		for {
+		for _, c := range order {
 			j.mu.Lock()
-			c, env, err := j.after(seq), (*Envelope)(nil), cmp.Or(j.closed, ctx.Err())
-			if err != nil || c == nil || c.seq > newest {
-				j.mu.Unlock()
-				if err != nil {
-					yield(nil, err)
-				}
-				return
-			}
-			seq = c.seq
-			if rested := time.Since(time.UnixMilli(c.gaveUp)) >= restAfterGivingUp; c.group == nil && (all || rested) {
+			env, err := (*Envelope)(nil), cmp.Or(j.closed, ctx.Err())
+			stop := err != nil
+			rested := time.Since(time.UnixMilli(c.gaveUp)) >= restAfterGivingUp
+			if !stop && !c.ended && c.group == nil && (all || rested) {
 				c.gaveUp = 0
 				var rec record
 				if rec, err = j.read(c); err == nil {
@@ -411,7 +415,7 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 				}
 			}
 			j.mu.Unlock()
-			if (env != nil || err != nil) && !yield(env, err) {
+			if (env != nil || err != nil) && !yield(env, err) || stop {
 				return
 			}
 		}
@@ -420,8 +424,6 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 
 // add appends c to the claims. mu is held.
 func (j *Journal) add(c *claim) {
-	j.count++
-	c.seq = j.count
 	j.claims[c.id] = c
 	j.order = append(j.order, c)
 	j.live += int64(c.size)
@@ -437,35 +439,22 @@ func (j *Journal) end(c *claim) {
 	}
 }
 
-// after returns the first claim after number seq, nil if there is none. mu is held.
-func (j *Journal) after(seq uint64) *claim {
-	i := sort.Search(len(j.order), func(i int) bool { return j.order[i].seq > seq })
-	for ; i < len(j.order); i++ {
-		if !j.order[i].ended {
-			return j.order[i]
-		}
-	}
-	return nil
-}
-
-// read reads the record of c. If it is damaged, c is lost: it ends, and the error tells. mu is held.
+// read reads the record of c, which is durable. If it is damaged, c is lost: it ends, and the error tells. mu is held.
 func (j *Journal) read(c *claim) (record, error) {
 	line := make([]byte, c.size)
-	if unwritten := c.off - j.size; c.group != nil && unwritten >= 0 {
-		copy(line, j.buf[unwritten:])
-	} else if _, err := c.file.ReadAt(line, c.off); err != nil && err != io.EOF {
+	if _, err := c.file.ReadAt(line, c.off); err != nil && err != io.EOF {
 		return record{}, fmt.Errorf("offloadhook: journal: %w", err)
 	}
 	if rec := parseRecord(line); rec.size == c.size && rec.kind == "id" {
 		return rec, nil
 	}
 	j.end(c)
-	j.damaged[j.gen] = true
-	return record{}, j.damageAt(j.gen, c.off)
+	return record{}, j.damageAt(c.file, c.off)
 }
 
-func (j *Journal) damageAt(gen int, off int64) error {
-	return fmt.Errorf("offloadhook: journal: %s: damaged record at byte %d; will be kept as *.damaged", j.path(gen), off)
+func (j *Journal) damageAt(file *logFile, off int64) error {
+	file.damaged = true
+	return fmt.Errorf("offloadhook: journal: %s: damaged record at byte %d; will be kept as *.damaged", j.path(file.gen), off)
 }
 
 // commit makes durable the claims of g, and those that come until it is its turn.
@@ -474,48 +463,49 @@ func (j *Journal) commit(g *group) {
 	defer j.commits.Unlock()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	err := j.closed
-	if j.bad != nil {
-		j.mu.Unlock()
-		err = j.renew(true)
-		j.mu.Lock()
-	}
-	if err != nil {
-		j.refuse(err)
-	} else if g.err == nil {
-		err = j.write()
-	}
-	if err != nil || g.err != nil { // refused
-		return
-	}
 	if j.group == g {
+		_ = j.write() // if that fails, g is refused
 		j.group = nil
 	}
-	file := j.file
-	j.mu.Unlock()
-	err = file.Sync()
-	j.mu.Lock()
+	if g.err != nil {
+		return
+	}
+	err := g.file.bad
 	if err == nil {
-		err = j.owns()
-	} else {
-		err = fmt.Errorf("offloadhook: journal: %w", err)
-		j.bad = err
-		j.refuse(err)
+		j.mu.Unlock()
+		err = g.file.Sync()
+		j.mu.Lock()
+		if err != nil {
+			err = fmt.Errorf("offloadhook: journal: %w", err)
+			g.file.bad = err
+			if j.owns() == nil {
+				_ = g.file.Truncate(g.claims[0].off) // lest they be read again, and taken for durable
+			}
+			if g.file == j.last() {
+				j.refuse(err)
+			}
+		} else {
+			err = j.owns()
+		}
 	}
 	j.settle(g, err)
 }
 
 // write writes buf. If that fails it cuts the file back to its last whole record. mu is held.
 func (j *Journal) write() error {
-	n, err := j.file.WriteAt(j.buf, j.size)
+	if len(j.buf) == 0 {
+		return nil
+	}
+	file := j.last()
+	n, err := file.WriteAt(j.buf, file.size)
 	if err == nil {
-		j.size += int64(n)
+		file.size += int64(n)
 		j.buf = j.buf[:0]
 		return nil
 	}
 	err = fmt.Errorf("offloadhook: journal: %w", err)
-	if cut := j.file.Truncate(j.size); cut != nil {
-		j.bad = fmt.Errorf("%w, and then: %w", err, cut)
+	if cut := file.Truncate(file.size); cut != nil {
+		file.bad = fmt.Errorf("%w, and then: %w", err, cut)
 	}
 	j.refuse(err)
 	return err
@@ -542,9 +532,9 @@ func (j *Journal) settle(g *group, err error) {
 	close(g.synced)
 }
 
-// owns returns an error unless the newest file is ours. A file is made exclusively, under a number that is one higher
-// than any; and files go, in ascending order, when a newer one has a copy of all that is alive. So whoever takes over
-// after this look reads what was synced before it. mu is held.
+// owns returns an error unless the last file is the newest. Files are made exclusively, under a number that is one higher
+// than any, and go when newer ones have all that is alive. So whoever takes over after this look reads what was synced
+// before it. mu is held.
 func (j *Journal) owns() error {
 	if j.closed != nil {
 		return j.closed
@@ -553,12 +543,13 @@ func (j *Journal) owns() error {
 	if err != nil {
 		return fmt.Errorf("offloadhook: journal: %w", err)
 	}
-	ours := j.size == 0 || slices.Contains(gens, j.gen) // while opening, what was read may go
-	if len(gens) == 0 || gens[len(gens)-1] != j.top || !ours {
+	if len(gens) == 0 || gens[len(gens)-1] != j.last().gen {
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
 	}
 	return j.closed
 }
+
+func (j *Journal) last() *logFile { return j.files[len(j.files)-1] }
 
 func (j *Journal) path(gen int) string {
 	return filepath.Join(j.dir, fmt.Sprintf("events-%08d.log", gen))
@@ -577,84 +568,109 @@ func (j *Journal) generations() (gens []int, err error) {
 	return gens, err
 }
 
-// create makes the next file. mu is held.
-func (j *Journal) create() (*copying, error) {
-	file, err := j.disk.open(j.path(j.top+1), os.O_RDWR|os.O_CREATE|os.O_EXCL)
-	if err != nil {
-		return nil, err
+// create adds a file, which is bad until the directory is synced. mu is held.
+func (j *Journal) create(gen int) error {
+	file, err := j.disk.open(j.path(gen), os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	if err == nil {
+		j.files = append(j.files, &logFile{diskFile: file, gen: gen, bad: errors.New("the directory is not synced")})
 	}
-	j.top++
-	return &copying{file: file, gen: j.top}, nil
+	return err
 }
 
 // open takes over what is in dir, with a file of its own.
 func (j *Journal) open() error {
-	if err := j.disk.mkdir(j.dir); err != nil {
-		return err
-	}
-	var dst *copying
-	for dst == nil {
-		gens, err := j.generations()
-		if err != nil {
-			return err
+	err := j.disk.mkdir(j.dir)
+	for made := false; err == nil && !made; {
+		var gens []int
+		if gens, err = j.generations(); err == nil {
+			err = j.create(append([]int{0}, gens...)[len(gens)] + 1)
 		}
-		j.top = append([]int{0}, gens...)[len(gens)]
-		if dst, err = j.create(); err != nil && !errors.Is(err, fs.ErrExist) { // else another opener was faster
-			return err
+		if made = err == nil; errors.Is(err, fs.ErrExist) { // another opener was faster
+			err = nil
 		}
 	}
-	err := j.load(dst.gen)
-	for i := 0; i < 10 && errors.Is(err, fs.ErrNotExist); i++ { // another opener has just ended its copy
-		err = j.load(dst.gen)
+	if err == nil {
+		err = j.disk.syncDir(j.dir)
 	}
-	if err != nil {
-		return errors.Join(err, dst.file.Close())
-	}
-	return j.replace(dst, true)
-}
-
-// load reads the newest whole file below number top. A copy is whole when it says so, and the oldest file always is: its
-// predecessors are gone.
-func (j *Journal) load(top int) error {
-	gens, err := j.generations()
-	gens = slices.DeleteFunc(gens, func(gen int) bool { return gen >= top })
-	j.gen = top
-	whole, oldest := false, time.Now().Add(-j.retention)
-	for i := len(gens) - 1; i >= 0 && err == nil && !whole; i-- {
-		if j.file != nil {
-			_ = j.file.Close()
-		}
-		j.gen, j.order, j.live, j.done, j.reports, whole = gens[i], nil, 0, idSet{}, nil, i == 0
-		clear(j.claims)
-		if j.file, err = j.disk.open(j.path(j.gen), os.O_RDONLY); err != nil {
+	for tries := 10; err == nil; tries-- {
+		if err = j.load(); !errors.Is(err, fs.ErrNotExist) || tries == 0 {
 			break
 		}
-		for rec, readErr := range records(j.file) {
-			c := j.claims[rec.id]
+		err = nil // the earlier owner has just ended a compaction
+	}
+	if err != nil {
+		return err
+	}
+	j.last().bad = nil
+	damaged := slices.ContainsFunc(j.files, func(file *logFile) bool { return file.damaged })
+	if damaged || len(j.files) > manyFiles || j.garbage(0) {
+		j.compact()
+	}
+	return j.owns()
+}
+
+// load reads the files before the last, and makes sure that what it read is durable.
+func (j *Journal) load() error {
+	live := j.last()
+	for _, file := range j.files[:len(j.files)-1] {
+		_ = file.Close()
+	}
+	j.files, j.order, j.live, j.done, j.reports = []*logFile{live}, nil, 0, idSet{}, nil
+	clear(j.claims)
+	gens, err := j.generations()
+	oldest := time.Now().Add(-j.retention)
+	for _, gen := range gens {
+		if err != nil || gen >= live.gen {
+			break
+		}
+		file := &logFile{gen: gen}
+		if file.diskFile, err = j.disk.open(j.path(gen), os.O_RDWR); err != nil {
+			break
+		}
+		j.files = slices.Insert(j.files, len(j.files)-1, file)
+		for rec, readErr := range records(file) {
+			file.size += int64(rec.size)
+			at := time.UnixMilli(rec.at)
 			switch err = readErr; rec.kind {
 			case "id":
-				if c != nil {
-					j.end(c) // it was refused after all, and has been claimed again
+				if c := j.claims[rec.ids[0]]; c != nil {
+					j.end(c) // this is its copy, or it was refused and has been claimed again
 				}
-				j.add(&claim{id: rec.id, file: j.file, off: rec.off, size: len(rec.line) + 1})
+				j.add(&claim{id: rec.ids[0], file: file, off: rec.off, size: rec.size})
 			case "done", "sha256":
-				if c != nil {
-					j.end(c)
+				for _, id := range rec.ids {
+					if c := j.claims[id]; c != nil {
+						j.end(c)
+					}
+					if at.After(oldest) {
+						j.done.add(id, at)
+					}
 				}
-				if at := time.UnixMilli(rec.at); at.After(oldest) {
-					j.done.add(rec.id, at)
-				}
-			case "copied":
-				whole = true
 			case "":
 				if err == nil {
-					j.damaged[j.gen] = true
-					j.reports = append(j.reports, j.damageAt(j.gen, rec.off))
+					j.reports = append(j.reports, j.damageAt(file, rec.off))
 				}
 			}
 		}
+		if err == nil {
+			err = file.Sync()
+		}
 	}
 	return err
+}
+
+// garbage reports whether there is more of it than of what is alive, by more than slack bytes. mu is held.
+func (j *Journal) garbage(slack int64) bool {
+	alive := j.live + 33*int64(j.done.len()) // what a copy takes
+	return j.size()-alive > alive+slack
+}
+
+// size returns the size of all files. mu is held.
+func (j *Journal) size() (total int64) {
+	for _, file := range j.files {
+		total += file.size
+	}
+	return total
 }
 
 // compact leaves the garbage behind.
@@ -664,132 +680,130 @@ func (j *Journal) compact() {
 	defer j.mu.Unlock()
 	j.compacting, j.slack = false, smallGarbage
 	if err != nil && j.closed == nil {
-		j.slack = j.size // until the file has doubled
+		j.slack = j.size() // until the files have doubled
 		j.reports = append(j.reports, err)
 	}
 }
 
-// renew goes on in a new file. still is true when commits is held; if not, commits go on during most of it.
-func (j *Journal) renew(still bool) error {
-	j.mu.Lock()
-	err := j.owns()
-	var dst *copying
-	if err == nil {
-		dst, err = j.create()
-	}
-	j.mu.Unlock()
-	if err == nil {
-		err = j.replace(dst, still)
-	}
-	if err != nil {
-		err = fmt.Errorf("offloadhook: journal: %w", err)
-	}
-	return err
-}
-
-// replace copies what is alive to dst, and makes that the file. Claims stop for the syncs at the end of it.
-func (j *Journal) replace(dst *copying, still bool) (err error) {
-	whole := false
+// renew goes on in a new file and copies what is alive to another, which gets the number before that, so that the order of
+// the files stays that of the events. When the copy is durable, the older files go. After a failed fsync (bad) nothing is
+// written to the new file before that; else claims go on.
+func (j *Journal) renew(bad bool) (err error) {
+	j.renewal.Lock()
+	defer j.renewal.Unlock()
 	defer func() {
-		if err == nil {
-			return
+		if err != nil && !errors.Is(err, ErrClosed) {
+			err = fmt.Errorf("offloadhook: journal: %w", err)
 		}
-		if !whole { // its number stays taken, as another process may have seen it; its room on the disk does not
-			_ = dst.file.Truncate(0)
-		}
-		_ = dst.file.Close()
 	}()
-	var src diskFile
-	for more := true; more && err == nil; {
-		j.mu.Lock()
-		src = cmp.Or(src, j.file)
-		more, err = j.copySome(dst, false)
-		j.mu.Unlock() // claims go on
-	}
-	if err = cmp.Or(err, dst.file.Sync()); err != nil {
-		return err
-	}
-	if !still {
-		j.commits.Lock()
-		defer j.commits.Unlock()
-	}
 	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.file != src || j.bad != nil && !still {
-		return errors.New("the file has failed meanwhile")
-	}
-	for more := true; more && err == nil; {
-		more, err = j.copySome(dst, true)
-	}
-	if err = cmp.Or(err, dst.file.Sync(), j.disk.syncDir(j.dir), j.owns()); err != nil {
+	was, old := j.last().bad, slices.Clone(j.files)
+	if err = j.owns(); err != nil || bad && was == nil {
+		j.mu.Unlock()
 		return err
 	}
-	whole = true // from here on it may be read in place of src, so nothing may be acknowledged outside of it
-	end := appendRecord(nil, "copied", quote(filepath.Base(j.path(j.gen))), time.Now().UnixMilli(), nil)
-	if _, err = dst.file.WriteAt(end, dst.size); err == nil {
-		err = dst.file.Sync()
+	gen := j.last().gen + 1
+	if err = j.write(); err == nil {
+		j.group = nil // who leads it will sync its file
+		err = j.create(gen + 1)
+	}
+	if err == nil {
+		err = cmp.Or(j.disk.syncDir(j.dir), j.owns())
 	}
 	if err != nil {
-		j.bad = fmt.Errorf("offloadhook: journal: %w", err)
+		j.mu.Unlock()
 		return err
 	}
-	for _, c := range j.claims {
-		c.file, c.off = dst.file, c.copied
+	live, ids, claims := j.last(), j.done.blocks(), slices.Clone(j.order)
+	live.bad = was
+	j.mu.Unlock()
+
+	temp := j.path(gen) + ".tmp"
+	file, err := j.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	if err != nil {
+		return err
 	}
-	j.file, j.gen, j.size, j.buf, j.bad = dst.file, dst.gen, dst.size+int64(len(end)), j.buf[:0], nil
-	if src != nil {
-		_ = src.Close()
+	dst := &logFile{diskFile: file, gen: gen}
+	offs, size, err := j.copyTo(dst, ids, claims)
+	if err == nil {
+		err = dst.Sync()
 	}
-	gens, err := j.generations()
-	for i := 0; err == nil && i < len(gens) && gens[i] < j.gen; i++ { // in ascending order: see owns
-		if old := j.path(gens[i]); j.damaged[gens[i]] {
-			err = j.disk.rename(old, old+".damaged")
-		} else {
-			err = j.disk.remove(old)
+	j.mu.Lock()
+	if err == nil {
+		err = j.owns()
+	}
+	if err == nil {
+		err = j.disk.rename(temp, j.path(gen))
+	}
+	if err == nil {
+		err = j.disk.syncDir(j.dir)
+	}
+	if err != nil {
+		j.mu.Unlock()
+		_, _ = dst.Close(), j.disk.remove(temp)
+		return err
+	}
+	for i, c := range claims {
+		c.file, c.off = dst, offs[i]
+	}
+	if was != nil {
+		live.bad = nil
+	}
+	dst.size, j.files = size, []*logFile{dst, live}
+	j.mu.Unlock()
+	for _, file := range old { // the oldest first, lest the end of an event goes before its claim
+		path := j.path(file.gen)
+		_ = file.Close()
+		if err == nil && file.damaged {
+			err = j.disk.rename(path, path+".damaged")
+		} else if err == nil {
+			err = j.disk.remove(path)
 		}
 	}
-	return nil // what could not be removed will be, by the next copy
+	return nil // what could not be removed goes at the next opening
 }
 
-// copying is a file in the making: what has been copied ends before the id of number ids and with the claim of number
-// claims.
-type copying struct {
-	file        diskFile
-	gen         int
-	size        int64
-	ids, claims uint64
-}
-
-// copySome appends to dst some of what is alive and not in it yet, and reports whether there may be more. Unless all is
-// true, it stops before claims that are not durable. mu is held.
-func (j *Journal) copySome(dst *copying, all bool) (more bool, err error) {
+// copyTo copies to dst the ids and those of the claims that are alive, and returns where each of these now is.
+func (j *Journal) copyTo(dst *logFile, ids [][]idTime, claims []*claim) (offs []int64, size int64, err error) {
 	var buf []byte
-	for more = true; more && err == nil && len(buf) < 1<<17; {
-		if dst.ids = max(dst.ids, j.done.dropped); dst.ids < j.done.dropped+uint64(j.done.len()) {
-			id := j.done.nth(int(dst.ids - j.done.dropped))
-			dst.ids++
-			quoted := hex.AppendEncode(append(make([]byte, 0, 34), '"'), id.id[:])
-			buf = appendRecord(buf, "sha256", append(quoted, '"'), id.at, nil)
-			continue
-		}
-		c := j.after(dst.claims)
-		if more = c != nil && (all || c.group == nil); !more {
-			break
-		}
-		dst.claims, c.copied = c.seq, dst.size+int64(len(buf))
-		rec, damage := j.read(c)
-		switch {
-		case damage == nil:
-			buf = append(append(buf, rec.line...), '\n')
-		case c.ended:
-			j.reports = append(j.reports, damage)
-		default:
-			err = damage
+	flush := func(least int) {
+		if err == nil && len(buf) >= least {
+			_, err = dst.WriteAt(buf, size)
+			size += int64(len(buf))
+			buf = buf[:0]
 		}
 	}
-	n, writeErr := dst.file.WriteAt(buf, dst.size)
-	dst.size += int64(n)
-	return more, cmp.Or(err, writeErr)
+	for _, block := range ids {
+		quoted := []byte{'"'}
+		for _, id := range block {
+			quoted = hex.AppendEncode(quoted, id.id[:])
+		}
+		buf = appendRecord(buf, "sha256", append(quoted, '"'), block[len(block)-1].at, nil)
+		flush(1 << 17)
+	}
+	for _, c := range claims {
+		j.mu.Lock()
+		if g := c.group; g != nil {
+			j.mu.Unlock()
+			<-g.synced
+			j.mu.Lock()
+		}
+		offs = append(offs, size+int64(len(buf)))
+		if !c.ended && err == nil {
+			rec, readErr := j.read(c)
+			if buf = append(buf, rec.line...); readErr == nil {
+				buf = append(buf, '\n')
+			} else if c.ended {
+				j.reports = append(j.reports, readErr)
+			} else {
+				err = readErr
+			}
+		}
+		j.mu.Unlock()
+		flush(1 << 17)
+	}
+	flush(1)
+	return offs, size, err
 }
 
 // record is a line of the journal.
@@ -798,7 +812,7 @@ type record struct {
 	size  int
 	line  []byte // without its line break
 	kind  string // the name of the first member of its JSON; "" if it is damaged
-	id    digest
+	ids   []digest
 	at    int64 // Unix milliseconds
 	event []byte
 }
@@ -847,23 +861,24 @@ func parseRecord(line []byte) (rec record) {
 			return record{}
 		}
 	}
-	rec.size = min(end+1, len(line))
-	rec.line = line[:end]
-	for name, value := range members(line[9:end]) {
+	rec.size, rec.line = min(end+1, len(line)), line[:end]
+	head, event, _ := bytes.Cut(line[9:end], []byte(`,"event":`)) // in a string the quotes would be escaped
+	rec.event = bytes.TrimSuffix(event, []byte("}"))
+	for name, value := range members(head) {
 		switch string(name) {
+		case "id", "done":
+			rec.kind, rec.ids = string(name), []digest{digestOf(text(value))}
+		case "sha256":
+			rec.kind, rec.ids = "sha256", make([]digest, len(value)/(2*len(digest{})))
+			for i := range rec.ids {
+				_, _ = hex.Decode(rec.ids[i][:], value[1+i*32:][:32])
+			}
 		case "at":
 			rec.at, _ = strconv.ParseInt(string(value), 10, 64)
-		case "event":
-			rec.event = value
 		case "base64":
 			rec.event, _ = base64.StdEncoding.DecodeString(text(value))
-		case "sha256":
-			if len(value) == 34 {
-				rec.kind = "sha256"
-				_, _ = hex.Decode(rec.id[:], value[1:33])
-			}
 		default:
-			rec.kind, rec.id = string(name), digestOf(text(value))
+			rec.kind = cmp.Or(rec.kind, string(name)) // of a later version
 		}
 	}
 	return rec

@@ -3531,7 +3531,9 @@ func (h *diskHandle) Truncate(size int64) error {
 	}
 	n := h.node
 	if int(size) > len(n.now) {
-		h.p.wrongs = append(h.p.wrongs, "truncated beyond the end")
+		if !n.distrusted { // else it has lost what it had
+			h.p.wrongs = append(h.p.wrongs, "truncated beyond the end")
+		}
 		return nil
 	}
 	for sector := int(size) / diskSector; sector*diskSector < len(n.now); sector++ {
@@ -4419,6 +4421,10 @@ func (s *journalClients) post(url, id string) bool {
 func (s *journalClients) expectHandled(t *testing.T, handled string) (again int) {
 	t.Helper()
 	var missing []string
+	acked := make(map[string]bool)
+	for _, id := range s.acked {
+		acked[id] = true
+	}
 	for range 600 {
 		content, _ := os.ReadFile(handled)
 		seen, last := make(map[string]bool), make(map[string]string)
@@ -4433,6 +4439,9 @@ func (s *journalClients) expectHandled(t *testing.T, handled string) (again int)
 				continue
 			}
 			seen[id] = true
+			if !acked[id] {
+				continue // it was refused, by one that had just lost the journal or was killed, and was kept all the same
+			}
 			if client, _, _ := strings.Cut(strings.TrimPrefix(id, "evt_"), "_"); id < last[client] {
 				t.Fatalf("%s was handled after %s", id, last[client])
 			} else {
@@ -4618,11 +4627,8 @@ func TestRow17OpenerOvertakes(t *testing.T) {
 		close(read) // it has read the files
 		<-goOn
 	}
-	slow.onWrite = func(b []byte) {
-		if !bytes.Contains(b, []byte(`{"copied"`)) {
-			return
-		}
-		slow.onWrite = nil
+	slow.onSync = func() {
+		slow.onSync = nil
 		go func() {
 			defer close(done)
 			winner, err = openJournal(fast, "journal", 0)
@@ -5212,15 +5218,18 @@ func journalWrite(t testing.TB, dir string, finished, unfinished int) (path stri
 		fmt.Fprintf(&out, "%08x %s\n", crc32.Checksum(text, crc32.MakeTable(crc32.Castagnoli)), text)
 	}
 	at := time.Now().UnixMilli()
-	for i := range finished {
-		sum := sha256.Sum256(fmt.Appendf(nil, "evt_done_%d", i))
-		line(`{"sha256":"%x","at":%d}`, sum[:16], at)
+	for i := 0; i < finished; {
+		var sums []byte
+		for ; i < finished && len(sums) < 16*idBlock; i++ {
+			sum := sha256.Sum256(fmt.Appendf(nil, "evt_done_%d", i))
+			sums = append(sums, sum[:16]...)
+		}
+		line(`{"sha256":"%x","at":%d}`, sums, at)
 	}
 	for i := range unfinished {
 		env := journalEvent(fmt.Sprint("evt_", i), 0, 1000)
 		line(`{"id":%q,"at":%d,"event":%s}`, env.EventID, at, env.Raw)
 	}
-	line(`{"copied":"events-00000001.log","at":%d}`, at)
 	path = filepath.Join(dir, "events-00000002.log")
 	if err := os.WriteFile(path, out.Bytes(), 0o600); err != nil {
 		t.Fatal(err)
@@ -5710,7 +5719,7 @@ func (in promiseInbox) Done(ctx context.Context, env *Envelope, result error) er
 	err := in.Journal.Done(ctx, env, result)
 	in.node.model.mu.Lock()
 	defer in.node.model.mu.Unlock()
-	if e := in.node.model.ids[env.EventID]; err == nil && !in.node.view.dead {
+	if e := in.node.model.ids[env.EventID]; e != nil && err == nil && !in.node.view.dead {
 		if result == nil {
 			e.recorded = true
 		} else {
@@ -5757,6 +5766,9 @@ func (n *promiseNode) begin(env *Envelope) (*promiseRun, error) {
 	defer m.mu.Unlock()
 	if n.view.dead {
 		return nil, errors.New("dead")
+	}
+	if e == nil && strings.HasPrefix(env.EventID, "late-") {
+		return nil, nil // one that had lost the journal wrote it, and refused it
 	}
 	switch {
 	case !bytes.Equal(env.Raw, e.body):
@@ -6033,8 +6045,8 @@ func TestRow09TakeoverDuringCompaction(t *testing.T) {
 		sync  int // of the compaction, during which the other reads
 		fault diskFault
 	}{
-		{name: "before the copy is whole", sync: 2},
-		{name: "when its last fsync fails", sync: 3, fault: diskFault{from: 1, span: 1 << 30, only: "sync"}},
+		{name: "before the copy is whole", sync: 1},
+		{name: "when its fsync fails", sync: 1, fault: diskFault{from: 1, span: 1 << 30, only: "sync"}},
 	} {
 		inBubble(t, test.name, func(t *testing.T) {
 			medium, m := newDisk(), newJournalModel(t)
@@ -6059,11 +6071,8 @@ func TestRow09TakeoverDuringCompaction(t *testing.T) {
 			}
 			go func() { done <- loser.renew(false) }()
 			synctest.Wait()
-			fast.onRead = func(size int) {
-				if size >= 1<<17 {
-					return // it reads the file; when it copies, it reads one record at a time
-				}
-				fast.onRead = nil
+			fast.onSync = func() { // it has read the file
+				fast.onSync = nil
 				close(goOn)
 				if err := <-done; err == nil {
 					t.Error("the compaction succeeded in the end")
@@ -6229,10 +6238,10 @@ func TestStoreErrorStaysInside(t *testing.T) {
 
 // OpenJournal fails, at every step, and leaves no file open.
 func TestOpenJournalLeaksNoFile(t *testing.T) {
-	medium, m := newDisk(), newJournalModel(t)
-	journalLife(m, medium.process(), "a", false)
 	failures := 0
 	for step := 1; ; step++ {
+		medium := newDisk()
+		journalLife(newJournalModel(t), medium.process(), "a", false)
 		d := medium.process()
 		d.fault = diskFault{from: step, span: 1}
 		j, err := openJournal(d, "journal", 0)
@@ -6257,7 +6266,7 @@ func TestOpenJournalLeaksNoFile(t *testing.T) {
 			break
 		}
 	}
-	if failures < 10 {
+	if failures < 8 {
 		t.Errorf("the opening failed %d times", failures)
 	}
 }
