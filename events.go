@@ -210,9 +210,9 @@ func usableID(id string) bool {
 // halfPair reports whether value, a JSON string that spells id, has a \u escape that is half of a surrogate pair:
 // encoding/json reads each of them as U+FFFD, which would make one id of two.
 func halfPair(value []byte, id string) bool {
+	n := strings.Count(id, "\uFFFD")
 	spelled := bytes.ToLower(bytes.ReplaceAll(value, []byte(`\\`), nil)) // without escaped backslashes
-	honest := bytes.Count(spelled, []byte(`\ufffd`)) + bytes.Count(spelled, []byte("\uFFFD"))
-	return strings.Count(id, "\uFFFD") != honest
+	return n > 0 && n != bytes.Count(spelled, []byte(`\ufffd`))+bytes.Count(spelled, []byte("\uFFFD"))
 }
 
 // members yields the names and values of the members of a JSON object. It trusts that this is valid JSON; if not, what

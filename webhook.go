@@ -153,27 +153,12 @@ func (r *Receiver) Shutdown(ctx context.Context) error {
 	}
 	r.checkDrained()
 	r.mu.Unlock()
-	select {
-	case <-r.drained:
-	case <-ctx.Done():
-		select {
-		case <-r.drained:
-		default:
-			r.abandon(ctx.Err())
-			return ctx.Err()
-		}
+	if err := wait(ctx, r.drained); err != nil {
+		r.abandon(err)
+		return err
 	}
 	r.cancel(ErrClosed)
-	select {
-	case <-r.swept:
-	case <-ctx.Done():
-		select {
-		case <-r.swept:
-		default:
-			return ctx.Err()
-		}
-	}
-	return nil
+	return wait(ctx, r.swept)
 }
 
 // Option configures a Handler.
@@ -862,6 +847,21 @@ func (r *Receiver) checkDrained() {
 	}
 }
 
+// wait returns nil when done is closed, and the error of ctx if that ends before.
+func wait(ctx context.Context, done <-chan struct{}) error {
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+	}
+	select {
+	case <-done:
+		return nil
+	default:
+		return ctx.Err()
+	}
+}
+
 // drop takes out of memory what does not run; unless all is true, not what only waits for its end to be recorded. mu is
 // held.
 func (r *Receiver) drop(all bool) (dropped []*task) {
@@ -956,44 +956,31 @@ func (r *Receiver) readInbox() (clean bool) {
 			_ = r.storeFailed(nil, "pending", err)
 			continue
 		}
-		t := &task{env: *env, ctx: context.Background(), caseID: env.caseID(), decided: decided}
 		r.mu.Lock()
-		known := r.tasks[env.EventID]
-		switch _, over := r.finished[env.EventID]; {
-		case over, known != nil && known.state != deciding: // in memory, or was when the reading began
-		case r.closed || !r.tryRoom():
-			whole = false
-		default:
-			batch = append(batch, t)
-			if known == nil {
-				t.state = queued
-				r.tasks[env.EventID] = t
-			}
-		}
+		known := r.inMemory(env.EventID)
 		r.mu.Unlock()
-		if !whole {
+		if whole = known || r.tryRoom(); !whole {
 			break
+		}
+		if !known {
+			batch = append(batch, &task{env: *env, ctx: context.Background(), caseID: env.caseID(), decided: decided})
 		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, t := range batch {
-		if t.state == deciding {
-			id := t.env.EventID
-			for known := r.tasks[id]; known != nil && known.state == deciding; known = r.tasks[id] {
-				r.mu.Unlock()
-				<-known.decided
-				r.mu.Lock()
-			}
-			if _, over := r.finished[id]; over || r.tasks[id] != nil || r.closed {
-				<-r.room
-				continue
-			}
-			r.tasks[id] = t
+		id := t.env.EventID
+		for first := r.tasks[id]; first != nil && first.state == deciding; first = r.tasks[id] {
+			r.mu.Unlock()
+			<-first.decided
+			r.mu.Lock()
 		}
-		if t.state != gone {
-			r.enqueue(t)
+		if r.inMemory(id) || r.closed {
+			<-r.room
+			continue
 		}
+		r.tasks[id] = t
+		r.enqueue(t)
 	}
 	for _, t := range r.arrivals {
 		if clean && whole {
@@ -1008,4 +995,12 @@ func (r *Receiver) readInbox() (clean bool) {
 		r.checkWake()
 	}
 	return clean
+}
+
+// inMemory reports whether the event of this id has been taken into memory; during a reading also whether it was there
+// at its beginning. mu is held.
+func (r *Receiver) inMemory(id string) bool {
+	_, over := r.finished[id]
+	t := r.tasks[id]
+	return over || t != nil && t.state != deciding
 }

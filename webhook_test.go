@@ -27,6 +27,7 @@ import (
 	"runtime"
 	"runtime/metrics"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -3052,14 +3053,12 @@ type benchBody struct {
 	digits [][]byte
 }
 
-// newBenchBody returns a body with head in front of it.
-func newBenchBody(b *testing.B, head func(length int) string) *benchBody {
+func newBenchBody(b *testing.B) *benchBody {
 	const caseID = "4fc5904d-0e44-4ed3-aa57-c4a47ad0ae4f" // of the fixture
 	body, err := fs.ReadFile(Fixtures, "testdata/case_completed_b.json")
 	if err != nil {
 		b.Error(err)
 	}
-	body = append([]byte(head(len(body))), body...)
 	made := &benchBody{body: body}
 	for at := 0; ; {
 		i := bytes.Index(body[at:], []byte(caseID))
@@ -3178,7 +3177,7 @@ func (w *benchWriter) WriteHeader(status int)      { w.status = status }
 // BenchmarkInProcess is what a receiver costs without the network: events of different cases, one after the other.
 func BenchmarkInProcess(b *testing.B) {
 	compare(b, func(b *testing.B, handler http.Handler) {
-		event := newBenchBody(b, func(int) string { return "" })
+		event := newBenchBody(b)
 		reader := new(bytes.Reader)
 		req := &http.Request{
 			Method: "POST", URL: new(url.URL), Header: http.Header{"Content-Type": {"application/json"}},
@@ -3197,43 +3196,28 @@ func BenchmarkInProcess(b *testing.B) {
 	})
 }
 
-// BenchmarkLoopback sends over 32 connections that are kept alive. The clients are as cheap as they can be, so that the
-// servers are what is compared.
+// BenchmarkLoopback sends with 32 clients of net/http, over connections that are kept alive.
 func BenchmarkLoopback(b *testing.B) {
 	const clients = 32
 	compare(b, func(b *testing.B, handler http.Handler) {
 		srv := httptest.NewServer(handler)
 		defer srv.Close()
-		var conns []net.Conn
-		for range clients {
-			conn, err := net.Dial("tcp", srv.Listener.Addr().String())
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer conn.Close()
-			conns = append(conns, conn)
-		}
+		client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: clients}}
+		defer client.CloseIdleConnections()
 		var next atomic.Uint64
 		var sending sync.WaitGroup
 		b.ResetTimer()
-		for _, conn := range conns {
+		for range clients {
 			sending.Go(func() {
-				event := newBenchBody(b, func(length int) string { return post("", length) })
-				answers := bufio.NewReader(conn)
+				event := newBenchBody(b)
 				for n := next.Add(1); n <= uint64(b.N); n = next.Add(1) {
 					event.number(n)
-					if _, err := conn.Write(event.body); err != nil {
-						b.Error(err)
+					answer, err := client.Post(srv.URL, "application/json", bytes.NewReader(event.body))
+					if err != nil || answer.StatusCode != http.StatusAccepted {
+						b.Errorf("answer %v, %v", answer, err)
 						return
 					}
-					status, err := answers.ReadSlice('\n')
-					if err != nil || !bytes.Contains(status, []byte(" 202 ")) {
-						b.Errorf("answer %q, %v", status, err)
-						return
-					}
-					for line := status; len(line) > 2 && err == nil; { // to the empty line: a 202 has no body
-						line, err = answers.ReadSlice('\n')
-					}
+					_ = answer.Body.Close() // a 202 has none
 				}
 			})
 		}
@@ -5451,11 +5435,11 @@ func BenchmarkAcknowledge(b *testing.B) {
 				if err != nil {
 					return err
 				}
-				_, _ = io.Copy(io.Discard, answer.Body)
+				_ = answer.Body.Close() // a 202 has none
 				if answer.StatusCode != http.StatusAccepted {
 					return errors.New(answer.Status)
 				}
-				return answer.Body.Close()
+				return nil
 			})
 			if r, ok := h.(*Receiver); ok {
 				_ = r.Shutdown(context.Background())
@@ -5511,6 +5495,152 @@ func (n *journalNaive) Claim(ctx context.Context, env *Envelope) (fresh bool, er
 		return false, err
 	}
 	return true, n.file.Sync()
+}
+
+// A receiver with a journal under all kinds of deliveries, with callbacks that fail and panic, started anew again and
+// again: half an hour in full. Memory, goroutines and files stay as they are, and what was acknowledged is handled.
+func TestRow23MixedLoad(t *testing.T) {
+	length, lifetime := 4*time.Second, time.Second
+	if journalFull {
+		length, lifetime = 30*time.Minute, 15*time.Second
+	}
+	dir := t.TempDir()
+	var mu sync.Mutex // protects what follows
+	lives, owed, tried := 0, make(map[string]bool), make(map[string]int)
+	told := make(map[Outcome]int)
+	callback := func(env *Envelope) error {
+		n, _ := strconv.Atoi(strings.TrimPrefix(env.EventID, "evt_"))
+		mu.Lock()
+		defer mu.Unlock()
+		life, again := tried[env.EventID]
+		if !again {
+			tried[env.EventID] = lives
+		}
+		switch {
+		case n%16 == 0 && !again:
+			return errors.New("not at first")
+		case n%16 == 1 && !again:
+			panic("not at first")
+		case n%64 == 2 && (!again || life == lives):
+			return errors.New("not before the next start")
+		}
+		delete(tried, env.EventID)
+		delete(owed, env.EventID)
+		return nil
+	}
+	var current atomic.Pointer[Receiver]
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		current.Load().ServeHTTP(w, req)
+	}))
+	defer server.Close()
+	start := func() (stop func()) {
+		j, err := OpenJournal(dir, length/20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mu.Lock()
+		lives++
+		mu.Unlock()
+		r := Handler(journalCallbacks(func(_ context.Context, env *Envelope) error { return callback(env) }), WithInbox(j),
+			WithRetry(3, 10*time.Millisecond), WithBacklog(64), WithObserver(func(_ context.Context, o Observation) {
+				mu.Lock()
+				defer mu.Unlock()
+				told[o.Outcome]++
+			}))
+		current.Store(r)
+		return func() { _, _ = r.Shutdown(context.Background()), j.Close() }
+	}
+	stop := start()
+
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4}}
+	end := time.Now().Add(length)
+	post := func(body string) bool {
+		answer, err := client.Post(server.URL, "application/json", strings.NewReader(body))
+		if err != nil {
+			t.Error(err)
+			return false
+		}
+		_, _ = io.Copy(io.Discard, answer.Body)
+		_ = answer.Body.Close()
+		return answer.StatusCode/100 == 2
+	}
+	var next atomic.Int64
+	var sending sync.WaitGroup
+	for range 4 {
+		sending.Go(func() {
+			for time.Now().Before(end) && !t.Failed() {
+				n := int(next.Add(1))
+				id := fmt.Sprint("evt_", n)
+				body := string(eventBody(id, fmt.Sprint("case_", n%50)))
+				if n%8 == 3 {
+					body = strings.Replace(body, `"case.completed"`, `"case.reopened"`, 1)
+				}
+				mu.Lock()
+				owed[id] = true
+				mu.Unlock()
+				if !post(body) {
+					mu.Lock()
+					delete(owed, id)
+					mu.Unlock()
+				} else if n%4 == 0 {
+					_ = post(body) // it may be refused, by a receiver that ends
+				}
+				if n%32 == 0 && post(`{"event_id":`) {
+					t.Error("half a body was acknowledged")
+				}
+				time.Sleep(5 * time.Millisecond) // a rate, of several hundred a second
+			}
+		})
+	}
+	var heaps, goroutines, files []float64
+	sample := time.NewTicker(max(length/200, 50*time.Millisecond))
+	defer sample.Stop()
+	for restart := time.Now().Add(lifetime); time.Now().Before(end); {
+		<-sample.C
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		heaps, goroutines = append(heaps, float64(m.HeapAlloc)/(1<<20)), append(goroutines, float64(runtime.NumGoroutine()))
+		if open, err := os.ReadDir("/proc/self/fd"); err == nil {
+			files = append(files, float64(len(open)))
+		}
+		if time.Now().After(restart) {
+			stop()
+			stop = start()
+			restart = time.Now().Add(lifetime)
+		}
+	}
+	sending.Wait()
+	stop()
+	stop = start() // what waits for the next start
+	journalWait(t, "what was acknowledged to be handled", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(owed) == 0
+	})
+	stop()
+	for _, flat := range []struct {
+		name    string
+		samples []float64
+		slack   float64
+	}{{"MiB of heap", heaps, 4}, {"goroutines", goroutines, 12}, {"files", files, 6}} {
+		quarter := len(flat.samples) / 4
+		if quarter == 0 {
+			continue // no /proc
+		}
+		median := func(of []float64) float64 { return slices.Sorted(slices.Values(of))[len(of)/2] }
+		first, last := median(flat.samples[:quarter]), median(flat.samples[len(flat.samples)-quarter:])
+		t.Logf("%s: median %.1f in the first quarter, %.1f in the last", flat.name, first, last)
+		if last > first*1.2+flat.slack {
+			t.Errorf("%s grow", flat.name)
+		}
+	}
+	t.Logf("%d events in %d lives: %v", next.Load(), lives, told)
+	for _, want := range []Outcome{Accepted, Duplicate, Refused, Handled, Retrying, GaveUp} {
+		if told[want] == 0 {
+			t.Errorf("nothing was %s", want)
+		}
+	}
 }
 
 // modelDisk is the disk under FuzzPromises: what a kill -9 leaves is what was written, what a power loss leaves is what
