@@ -195,7 +195,7 @@ func (s *idSet) drop() {
 // and the time of the last.
 //
 // OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. Claims go
-// on during a compaction, but for one fsync of the directory. One Journal at a time uses a directory: a later one takes
+// on during a compaction, but for two fsyncs of the directory. One Journal at a time uses a directory: a later one takes
 // over, and the earlier one refuses from then on.
 type Journal struct {
 	disk      disk
@@ -254,7 +254,6 @@ type group struct {
 const (
 	restAfterGivingUp = 10 * time.Minute
 	smallGarbage      = 1 << 20 // bytes
-	manyFiles         = 16
 )
 
 // OpenJournal opens the journal in dir, which it makes if need be, and takes over from the Journal that uses it. The
@@ -268,16 +267,18 @@ func openJournal(d disk, dir string, retention time.Duration) (*Journal, error) 
 	if retention <= 0 {
 		retention = 30 * 24 * time.Hour
 	}
-	j := &Journal{disk: d, dir: dir, retention: retention, slack: smallGarbage, claims: make(map[digest]*claim)}
-	if err := j.open(); err != nil {
-		j.closed = err
-		if len(j.files) > 0 {
-			_ = j.disk.remove(j.path(j.last().gen)) // empty; lest each attempt leaves one
+	for tries := 10; ; tries-- {
+		j := &Journal{disk: d, dir: dir, retention: retention, slack: smallGarbage, claims: make(map[digest]*claim)}
+		err := j.open()
+		if err == nil {
+			return j, nil
 		}
+		j.closed = err
 		_ = j.Close()
-		return nil, fmt.Errorf("offloadhook: opening the journal: %w", err)
+		if !errors.Is(err, fs.ErrNotExist) || tries == 0 { // else the earlier owner has just ended a compaction
+			return nil, fmt.Errorf("offloadhook: opening the journal: %w", err)
+		}
 	}
-	return j, nil
 }
 
 // Close ends the use of the journal: from then on it refuses, with ErrClosed. Shut the receiver down first.
@@ -292,6 +293,9 @@ func (j *Journal) Close() (err error) {
 	defer j.renewal.Unlock()
 	j.commits.Lock()
 	defer j.commits.Unlock()
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.refuse(j.closed)
 	for _, file := range j.files {
 		err = errors.Join(err, file.Sync(), file.Close())
 	}
@@ -378,7 +382,7 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	}
 	j.end(c)
 	j.done.add(c.id, now)
-	if !j.compacting && j.garbage(j.slack) {
+	if !j.compacting && j.garbage() {
 		j.compacting = true
 		j.compaction.Go(j.compact)
 	}
@@ -413,6 +417,9 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 				if rec, err = j.read(c); err == nil {
 					env, err = ParseEnvelope(rec.event)
 				}
+				if err != nil && !c.ended && errors.Is(err, ErrMalformed) {
+					j.end(c)
+				}
 			}
 			j.mu.Unlock()
 			if (env != nil || err != nil) && !yield(env, err) || stop {
@@ -443,7 +450,7 @@ func (j *Journal) end(c *claim) {
 func (j *Journal) read(c *claim) (record, error) {
 	line := make([]byte, c.size)
 	if _, err := c.file.ReadAt(line, c.off); err != nil && err != io.EOF {
-		return record{}, fmt.Errorf("offloadhook: journal: %w", err)
+		return record{}, named(err)
 	}
 	if rec := parseRecord(line); rec.size == c.size && rec.kind == "id" {
 		return rec, nil
@@ -470,17 +477,14 @@ func (j *Journal) commit(g *group) {
 	if g.err != nil {
 		return
 	}
-	err := g.file.bad
+	err := cmp.Or(j.closed, g.file.bad)
 	if err == nil {
 		j.mu.Unlock()
 		err = g.file.Sync()
 		j.mu.Lock()
 		if err != nil {
-			err = fmt.Errorf("offloadhook: journal: %w", err)
+			err = named(err)
 			g.file.bad = err
-			if j.owns() == nil {
-				_ = g.file.Truncate(g.claims[0].off) // lest they be read again, and taken for durable
-			}
 			if g.file == j.last() {
 				j.refuse(err)
 			}
@@ -503,7 +507,7 @@ func (j *Journal) write() error {
 		j.buf = j.buf[:0]
 		return nil
 	}
-	err = fmt.Errorf("offloadhook: journal: %w", err)
+	err = named(err)
 	if cut := file.Truncate(file.size); cut != nil {
 		file.bad = fmt.Errorf("%w, and then: %w", err, cut)
 	}
@@ -539,14 +543,22 @@ func (j *Journal) owns() error {
 	if j.closed != nil {
 		return j.closed
 	}
-	gens, err := j.generations()
+	gens, err := j.numbers(".log")
 	if err != nil {
-		return fmt.Errorf("offloadhook: journal: %w", err)
+		return named(err)
 	}
 	if len(gens) == 0 || gens[len(gens)-1] != j.last().gen {
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
 	}
 	return j.closed
+}
+
+// named returns err with the name of what failed.
+func named(err error) error {
+	if err == nil || strings.HasPrefix(err.Error(), "offloadhook: ") {
+		return err
+	}
+	return fmt.Errorf("offloadhook: journal: %w", err)
 }
 
 func (j *Journal) last() *logFile { return j.files[len(j.files)-1] }
@@ -555,12 +567,12 @@ func (j *Journal) path(gen int) string {
 	return filepath.Join(j.dir, fmt.Sprintf("events-%08d.log", gen))
 }
 
-// generations returns the numbers of the files, in ascending order.
-func (j *Journal) generations() (gens []int, err error) {
+// numbers returns the numbers of the files whose names end so, in ascending order.
+func (j *Journal) numbers(suffix string) (gens []int, err error) {
 	names, err := j.disk.list(j.dir)
 	for _, name := range names {
-		digits := strings.TrimSuffix(strings.TrimPrefix(name, "events-"), ".log")
-		if gen, _ := strconv.Atoi(digits); gen > 0 && name == filepath.Base(j.path(gen)) {
+		digits := strings.TrimSuffix(strings.TrimPrefix(name, "events-"), suffix)
+		if gen, _ := strconv.Atoi(digits); gen > 0 && name == fmt.Sprintf("events-%08d", gen)+suffix {
 			gens = append(gens, gen)
 		}
 	}
@@ -577,50 +589,38 @@ func (j *Journal) create(gen int) error {
 	return err
 }
 
-// open takes over what is in dir, with a file of its own.
+// open takes over what is in dir, with a file of its own. Of what it reads some may not be durable, so all of it is
+// copied.
 func (j *Journal) open() error {
 	err := j.disk.mkdir(j.dir)
-	for made := false; err == nil && !made; {
+	for len(j.files) == 0 && err == nil {
 		var gens []int
-		if gens, err = j.generations(); err == nil {
+		if gens, err = j.numbers(".log"); err == nil {
 			err = j.create(append([]int{0}, gens...)[len(gens)] + 1)
 		}
-		if made = err == nil; errors.Is(err, fs.ErrExist) { // another opener was faster
+		if errors.Is(err, fs.ErrExist) { // another opener was faster
 			err = nil
 		}
 	}
 	if err == nil {
 		err = j.disk.syncDir(j.dir)
 	}
-	for tries := 10; err == nil; tries-- {
-		if err = j.load(); !errors.Is(err, fs.ErrNotExist) || tries == 0 {
-			break
-		}
-		err = nil // the earlier owner has just ended a compaction
-	}
 	if err != nil {
 		return err
 	}
-	j.last().bad = nil
-	damaged := slices.ContainsFunc(j.files, func(file *logFile) bool { return file.damaged })
-	if damaged || len(j.files) > manyFiles || j.garbage(0) {
-		j.compact()
+	if err = j.load(); err != nil {
+		return cmp.Or(j.owns(), err)
 	}
-	return j.owns()
+	j.last().bad = nil
+	return j.renew(false)
 }
 
-// load reads the files before the last, and makes sure that what it read is durable.
+// load reads the files before the last.
 func (j *Journal) load() error {
-	live := j.last()
-	for _, file := range j.files[:len(j.files)-1] {
-		_ = file.Close()
-	}
-	j.files, j.order, j.live, j.done, j.reports = []*logFile{live}, nil, 0, idSet{}, nil
-	clear(j.claims)
-	gens, err := j.generations()
+	gens, err := j.numbers(".log")
 	oldest := time.Now().Add(-j.retention)
 	for _, gen := range gens {
-		if err != nil || gen >= live.gen {
+		if err != nil || gen >= j.last().gen {
 			break
 		}
 		file := &logFile{gen: gen}
@@ -652,17 +652,14 @@ func (j *Journal) load() error {
 				}
 			}
 		}
-		if err == nil {
-			err = file.Sync()
-		}
 	}
 	return err
 }
 
-// garbage reports whether there is more of it than of what is alive, by more than slack bytes. mu is held.
-func (j *Journal) garbage(slack int64) bool {
+// garbage reports whether there is so much that a compaction is worth its while. mu is held.
+func (j *Journal) garbage() bool {
 	alive := j.live + 33*int64(j.done.len()) // what a copy takes
-	return j.size()-alive > alive+slack
+	return j.size()-alive > alive+j.slack
 }
 
 // size returns the size of all files. mu is held.
@@ -685,62 +682,55 @@ func (j *Journal) compact() {
 	}
 }
 
-// renew goes on in a new file and copies what is alive to another, which gets the number before that, so that the order of
-// the files stays that of the events. When the copy is durable, the older files go. After a failed fsync (bad) nothing is
-// written to the new file before that; else claims go on.
+// renew goes on in a new file and copies what is alive to another, which comes before that by its number, so that the
+// order of the files stays that of the events. When the copy is durable, the older files go. After a failed fsync (bad)
+// nothing is written to the new file before that; else claims go on.
 func (j *Journal) renew(bad bool) (err error) {
 	j.renewal.Lock()
 	defer j.renewal.Unlock()
-	defer func() {
-		if err != nil && !errors.Is(err, ErrClosed) {
-			err = fmt.Errorf("offloadhook: journal: %w", err)
-		}
-	}()
 	j.mu.Lock()
-	was, old := j.last().bad, slices.Clone(j.files)
-	if err = j.owns(); err != nil || bad && was == nil {
-		j.mu.Unlock()
-		return err
+	defer j.mu.Unlock()
+	if j.closed != nil || bad && j.last().bad == nil {
+		return j.closed
 	}
-	gen := j.last().gen + 1
+	defer func() { err = named(err) }()
+	was, old, gen := j.last().bad, slices.Clone(j.files), j.last().gen+1
 	if err = j.write(); err == nil {
-		j.group = nil // who leads it will sync its file
-		err = j.create(gen + 1)
+		j.group = nil       // who leads it will sync its file
+		err = j.create(gen) // the place of the copy, lest an opener takes its number
 	}
 	if err == nil {
-		err = cmp.Or(j.disk.syncDir(j.dir), j.owns())
+		err = cmp.Or(j.create(gen+1), j.disk.syncDir(j.dir))
 	}
-	if err != nil {
-		j.mu.Unlock()
+	if err = cmp.Or(j.owns(), err); err != nil {
 		return err
 	}
 	live, ids, claims := j.last(), j.done.blocks(), slices.Clone(j.order)
 	live.bad = was
+	_ = j.files[len(old)].Close()
+	old = slices.DeleteFunc(old, func(file *logFile) bool { // what earlier failures left
+		if file.size == 0 {
+			_, _ = file.Close(), j.disk.remove(j.path(file.gen))
+		}
+		return file.size == 0
+	})
+	j.files = append(old, live)
 	j.mu.Unlock()
-
-	temp := j.path(gen) + ".tmp"
-	file, err := j.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL)
-	if err != nil {
-		return err
-	}
-	dst := &logFile{diskFile: file, gen: gen}
-	offs, size, err := j.copyTo(dst, ids, claims)
-	if err == nil {
-		err = dst.Sync()
-	}
+	dst := &logFile{gen: gen}
+	offs, err := j.copyTo(dst, ids, claims)
 	j.mu.Lock()
 	if err == nil {
 		err = j.owns()
 	}
 	if err == nil {
-		err = j.disk.rename(temp, j.path(gen))
+		err = cmp.Or(j.disk.rename(j.path(gen)+".tmp", j.path(gen)), j.disk.syncDir(j.dir))
 	}
 	if err == nil {
-		err = j.disk.syncDir(j.dir)
+		dst.diskFile, err = j.disk.open(j.path(gen), os.O_RDWR)
 	}
 	if err != nil {
-		j.mu.Unlock()
-		_, _ = dst.Close(), j.disk.remove(temp)
+		err = cmp.Or(j.owns(), err)
+		_, _ = j.disk.remove(j.path(gen)+".tmp"), j.disk.remove(j.path(gen))
 		return err
 	}
 	for i, c := range claims {
@@ -749,27 +739,51 @@ func (j *Journal) renew(bad bool) (err error) {
 	if was != nil {
 		live.bad = nil
 	}
-	dst.size, j.files = size, []*logFile{dst, live}
-	j.mu.Unlock()
-	for _, file := range old { // the oldest first, lest the end of an event goes before its claim
-		path := j.path(file.gen)
-		_ = file.Close()
-		if err == nil && file.damaged {
-			err = j.disk.rename(path, path+".damaged")
-		} else if err == nil {
-			err = j.disk.remove(path)
-		}
-	}
-	return nil // what could not be removed goes at the next opening
+	j.files = []*logFile{dst, live}
+	j.mu.Unlock() // it takes a while to remove a large file
+	j.clear(old, gen)
+	j.mu.Lock()
+	return nil
 }
 
-// copyTo copies to dst the ids and those of the claims that are alive, and returns where each of these now is.
-func (j *Journal) copyTo(dst *logFile, ids [][]idTime, claims []*claim) (offs []int64, size int64, err error) {
+// clear removes the files before number gen, which is a copy of what is alive, and keeps the damaged ones of old aside.
+// What cannot be removed goes with the next copy.
+func (j *Journal) clear(old []*logFile, gen int) {
+	damaged := make(map[int]bool)
+	for _, file := range old {
+		_ = file.Close()
+		damaged[file.gen] = file.damaged
+	}
+	temps, _ := j.numbers(".log.tmp")
+	for _, n := range temps {
+		if n < gen { // of a copying that did not end
+			_ = j.disk.remove(j.path(n) + ".tmp")
+		}
+	}
+	gens, err := j.numbers(".log")
+	for _, n := range gens { // the oldest first, lest the end of an event goes before its claim
+		switch {
+		case n >= gen || err != nil && !errors.Is(err, fs.ErrNotExist):
+			return
+		case damaged[n]:
+			err = j.disk.rename(j.path(n), j.path(n)+".damaged")
+		default:
+			err = j.disk.remove(j.path(n))
+		}
+	}
+}
+
+// copyTo writes the ids, and those of the claims that are alive, to what is to be dst, and returns where they are.
+func (j *Journal) copyTo(dst *logFile, ids [][]idTime, claims []*claim) (offs []int64, err error) {
+	file, err := j.disk.open(j.path(dst.gen)+".tmp", os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	if err != nil {
+		return nil, err
+	}
 	var buf []byte
 	flush := func(least int) {
 		if err == nil && len(buf) >= least {
-			_, err = dst.WriteAt(buf, size)
-			size += int64(len(buf))
+			_, err = file.WriteAt(buf, dst.size)
+			dst.size += int64(len(buf))
 			buf = buf[:0]
 		}
 	}
@@ -788,7 +802,7 @@ func (j *Journal) copyTo(dst *logFile, ids [][]idTime, claims []*claim) (offs []
 			<-g.synced
 			j.mu.Lock()
 		}
-		offs = append(offs, size+int64(len(buf)))
+		offs = append(offs, dst.size+int64(len(buf)))
 		if !c.ended && err == nil {
 			rec, readErr := j.read(c)
 			if buf = append(buf, rec.line...); readErr == nil {
@@ -803,7 +817,10 @@ func (j *Journal) copyTo(dst *logFile, ids [][]idTime, claims []*claim) (offs []
 		flush(1 << 17)
 	}
 	flush(1)
-	return offs, size, err
+	if err == nil {
+		err = file.Sync()
+	}
+	return offs, errors.Join(err, file.Close())
 }
 
 // record is a line of the journal.
@@ -888,15 +905,10 @@ func parseRecord(line []byte) (rec record) {
 // it was never acknowledged and is passed over.
 func records(file io.ReaderAt) iter.Seq2[record, error] {
 	return func(yield func(record, error) bool) {
-		in := bufio.NewReaderSize(io.NewSectionReader(file, 0, math.MaxInt64), 1<<18)
+		in := bufio.NewReaderSize(io.NewSectionReader(file, 0, math.MaxInt64), 1<<16)
 		for off, err := int64(0), error(nil); err == nil; {
 			var line []byte
-			if line, err = in.ReadSlice('\n'); err == bufio.ErrBufferFull {
-				var rest []byte
-				line = bytes.Clone(line)
-				rest, err = in.ReadBytes('\n')
-				line = append(line, rest...)
-			}
+			line, err = in.ReadBytes('\n')
 			if err != nil && err != io.EOF {
 				yield(record{}, err)
 				return

@@ -175,8 +175,7 @@ func optionIf(valid bool, want string, o option) Option {
 	return o
 }
 
-// WithDeduper sets what remembers the ids; the default is a new Memory. It panics when given nil, or an Inbox: say
-// WithInbox.
+// WithDeduper sets what remembers the ids; the default is a new Memory. An Inbox is refused: say WithInbox.
 func WithDeduper(d Deduper) Option {
 	_, isInbox := d.(Inbox)
 	return optionIf(d != nil && !isInbox, "WithDeduper wants a Deduper that is no Inbox",
@@ -184,13 +183,13 @@ func WithDeduper(d Deduper) Option {
 }
 
 // WithInbox sets what keeps the events durably, in place of a Deduper. It has a name of its own so that a wrapper
-// around an Inbox cannot lose it by accident. It panics when given nil.
+// around an Inbox cannot lose it by accident.
 func WithInbox(in Inbox) Option {
 	return optionIf(in != nil, "WithInbox wants an Inbox", func(r *Receiver) { r.store, r.inbox = in, in })
 }
 
 // WithToken refuses requests that carry none of tokens, as ?token=… in the URL or as Authorization: Bearer …. Several
-// serve for rotation. It panics when given none or an empty one. The default is to accept every request.
+// serve for rotation; none may be empty. The default is to accept every request.
 func WithToken(tokens ...string) Option {
 	var sums [][sha256.Size]byte
 	for _, token := range tokens {
@@ -200,27 +199,26 @@ func WithToken(tokens ...string) Option {
 	return optionIf(valid, "WithToken wants tokens that are not empty", func(r *Receiver) { r.tokens = sums })
 }
 
-// WithConcurrency sets how many callbacks run at once; the default is 32. It panics when n is less than 1.
+// WithConcurrency sets how many callbacks run at once, at least 1; the default is 32.
 func WithConcurrency(n int) Option {
 	return optionIf(n > 0, "WithConcurrency wants at least 1", func(r *Receiver) { r.concurrency = n })
 }
 
-// WithBacklog sets how many accepted events are held in memory, running ones included; the default is 1024. As many
-// again may be held that have failed and will be tried again. It panics when n is less than 1.
+// WithBacklog sets how many accepted events are held in memory, running ones included, at least 1; the default is 1024.
+// As many again may be held that have failed and will be tried again.
 func WithBacklog(n int) Option {
 	return optionIf(n > 0, "WithBacklog wants at least 1", func(r *Receiver) { r.backlog = n })
 }
 
 // WithRetry sets how often a callback is called at most, and how long it rests after its first failure. The rest doubles
 // with each failure, up to an hour, with a jitter of a quarter. The default of 8 and 1 s takes about two minutes; 1
-// means never retry. It panics when attempts is less than 1 or backoff is negative.
+// means never retry.
 func WithRetry(attempts int, backoff time.Duration) Option {
 	return optionIf(attempts > 0 && backoff >= 0, "WithRetry wants at least 1 attempt and no negative backoff",
 		func(r *Receiver) { r.attempts, r.backoff = attempts, backoff })
 }
 
-// WithMaxBodyBytes sets the largest body that ServeHTTP takes, in bytes; the default is 1 MiB. It panics when n is less
-// than 1.
+// WithMaxBodyBytes sets the largest body that ServeHTTP takes, in bytes, at least 1; the default is 1 MiB.
 func WithMaxBodyBytes(n int64) Option {
 	return optionIf(n > 0, "WithMaxBodyBytes wants at least 1", func(r *Receiver) { r.maxBody = n })
 }
@@ -233,7 +231,7 @@ func WithFailClosed() Option {
 
 // WithObserver sets what is told of every outcome. f is called in line and concurrently, so that Handled may come before
 // the Accepted of the same event; it must return quickly and must not panic. The default logs the problems to
-// slog.Default, without the bodies. It panics when f is nil.
+// slog.Default, without the bodies.
 func WithObserver(f func(context.Context, Observation)) Option {
 	return optionIf(f != nil, "WithObserver wants a function", func(r *Receiver) { r.observe = f })
 }
@@ -957,9 +955,9 @@ func (r *Receiver) readInbox() (clean bool) {
 			continue
 		}
 		r.mu.Lock()
-		known := r.inMemory(env.EventID)
+		known, overtaken := r.inMemory(env.EventID), r.missed && len(r.arrivals) > 0
 		r.mu.Unlock()
-		if whole = known || r.tryRoom(); !whole {
+		if whole = known || !overtaken && r.tryRoom(); !whole {
 			break
 		}
 		if !known {
@@ -968,14 +966,21 @@ func (r *Receiver) readInbox() (clean bool) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	stuck := false
 	for _, t := range batch {
 		id := t.env.EventID
-		for first := r.tasks[id]; first != nil && first.state == deciding; first = r.tasks[id] {
+		if first := r.tasks[id]; first != nil && first.state == deciding && !stuck {
 			r.mu.Unlock()
-			<-first.decided
+			select {
+			case <-first.decided:
+			case <-ctx.Done():
+			}
 			r.mu.Lock()
+			again := r.tasks[id]
+			stuck = again != nil && again.state == deciding
+			whole = whole && !stuck
 		}
-		if r.inMemory(id) || r.closed {
+		if r.inMemory(id) || r.closed || stuck {
 			<-r.room
 			continue
 		}

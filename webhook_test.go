@@ -3420,7 +3420,7 @@ func (p *diskProcess) rename(from, to string) error {
 	if node == nil {
 		return &fs.PathError{Op: "rename", Path: from, Err: fs.ErrNotExist}
 	}
-	if p.names[to] != nil {
+	if p.names[to] != nil && len(p.names[to].now) > 0 {
 		p.wrongs = append(p.wrongs, "renamed over "+to)
 	}
 	p.change(func(names map[string]*diskNode) {
@@ -4835,8 +4835,8 @@ func TestOpenJournal(t *testing.T) {
 			}
 			return nil
 		})
-		if err != nil || files != 1 {
-			t.Errorf("there are %d files, %v; want 1", files, err)
+		if err != nil || files != 2 { // a copy, and one to go on in
+			t.Errorf("there are %d files, %v; want 2", files, err)
 		}
 	})
 }
@@ -6101,15 +6101,21 @@ func TestRow24Promises(t *testing.T) {
 	if os.Getenv("OFFLOADHOOK_FULL") != "" {
 		count = 1_000_000
 	}
-	for seed := range count {
-		random := rand.New(rand.NewPCG(uint64(seed), 24))
-		schedule := make([]byte, 2*(1+random.IntN(40)))
-		for i := range schedule {
-			schedule[i] = byte(random.Uint32())
-		}
-		if promiseSchedule(t, schedule); t.Failed() {
-			t.Fatalf("seed %d: %v", seed, schedule)
-		}
+	shards := runtime.GOMAXPROCS(0)
+	for shard := range shards {
+		t.Run(fmt.Sprint(shard), func(t *testing.T) {
+			t.Parallel()
+			for seed := shard; seed < count; seed += shards {
+				random := rand.New(rand.NewPCG(uint64(seed), 24))
+				schedule := make([]byte, 2*(1+random.IntN(40)))
+				for i := range schedule {
+					schedule[i] = byte(random.Uint32())
+				}
+				if promiseSchedule(t, schedule); t.Failed() {
+					t.Fatalf("seed %d: %v", seed, schedule)
+				}
+			}
+		})
 	}
 }
 
@@ -6398,5 +6404,550 @@ func TestOpenJournalLeaksNoFile(t *testing.T) {
 	}
 	if failures < 8 {
 		t.Errorf("the opening failed %d times", failures)
+	}
+}
+
+// hookDisk calls hook before each operation. An error from it is that of the operation.
+type hookDisk struct {
+	disk
+	hook func(op, path string) error
+	mu   sync.Mutex
+	held map[string]int // handles open, by path
+}
+
+func (d *hookDisk) call(op, path string) error {
+	if d.hook != nil {
+		return d.hook(op, path)
+	}
+	return nil
+}
+func (d *hookDisk) open(path string, flag int) (diskFile, error) {
+	op := "open"
+	if flag&os.O_CREATE != 0 {
+		op = "create"
+	}
+	if err := d.call(op, path); err != nil {
+		return nil, err
+	}
+	f, err := d.disk.open(path, flag)
+	if err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	if d.held == nil {
+		d.held = map[string]int{}
+	}
+	d.held[path]++
+	d.mu.Unlock()
+	return &hookFile{f, d, path}, nil
+}
+func (d *hookDisk) rename(from, to string) error {
+	if err := d.call("rename", from); err != nil {
+		return err
+	}
+	return d.disk.rename(from, to)
+}
+func (d *hookDisk) remove(path string) error {
+	if err := d.call("remove", path); err != nil {
+		return err
+	}
+	return d.disk.remove(path)
+}
+func (d *hookDisk) syncDir(path string) error {
+	if err := d.call("syncdir", path); err != nil {
+		return err
+	}
+	return d.disk.syncDir(path)
+}
+
+type hookFile struct {
+	diskFile
+	d    *hookDisk
+	path string
+}
+
+func (f *hookFile) Close() error {
+	f.d.mu.Lock()
+	f.d.held[f.path]--
+	f.d.mu.Unlock()
+	return f.diskFile.Close()
+}
+func (f *hookFile) Sync() error {
+	if err := f.d.call("sync", f.path); err != nil {
+		return err
+	}
+	return f.diskFile.Sync()
+}
+func (f *hookFile) Truncate(n int64) error {
+	if err := f.d.call("truncate", f.path); err != nil {
+		return err
+	}
+	return f.diskFile.Truncate(n)
+}
+func (f *hookFile) WriteAt(b []byte, off int64) (int, error) {
+	if err := f.d.call("write", f.path); err != nil {
+		return 0, err
+	}
+	return f.diskFile.WriteAt(b, off)
+}
+
+func diskNames(m *diskMedium) (names []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for n, node := range m.names {
+		names = append(names, fmt.Sprintf("%s:%d", n[len("journal/"):], len(node.now)))
+	}
+	slices.Sort(names)
+	return names
+}
+
+func openOn(t testing.TB, d disk, retention time.Duration) *Journal {
+	t.Helper()
+	j, err := openJournal(d, "journal", retention)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return j
+}
+
+// An owner stands still before it makes its next files, while another opens the journal. Neither overwrites the other.
+func TestRow17OwnerStandsStill(t *testing.T) {
+	medium := newDisk()
+	da := &hookDisk{disk: medium.process()}
+	a := openOn(t, da, 0)
+	if _, err := a.Claim(t.Context(), journalEvent("evt_a", 0, 0)); err != nil {
+		t.Fatal(err)
+	}
+	var b *Journal
+	da.hook = func(op, path string) error {
+		if op == "create" && b == nil { // SIGSTOP of a here
+			b = openOn(t, medium.process(), 0)
+			if fresh, err := b.Claim(t.Context(), journalEvent("evt_b", 0, 0)); !fresh || err != nil {
+				t.Error(fresh, err)
+			}
+		}
+		return nil
+	}
+	_ = a.renew(false)
+	c := openOn(t, medium.process(), 0)
+	if ids := journalPending(t, c); !slices.Contains(ids, "evt_b") || !slices.Contains(ids, "evt_a") {
+		t.Errorf("acknowledged evt_a, evt_b; kept %q", ids)
+	}
+}
+
+// An opener has read the directory just before the owner compacts.
+func TestRow17OpenerBesideCompaction(t *testing.T) {
+	medium := newDisk()
+	da, db := &hookDisk{disk: medium.process()}, &hookDisk{disk: medium.process()}
+	a := openOn(t, da, 0)
+	for i := range 3 {
+		if _, err := a.Claim(t.Context(), journalEvent(fmt.Sprint("evt_", i), 0, 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	atTemp, goOn, done := make(chan bool), make(chan bool), make(chan error, 1)
+	da.hook = func(op, path string) error {
+		if op == "create" && strings.HasSuffix(path, ".tmp") {
+			close(atTemp)
+			<-goOn
+		}
+		return nil
+	}
+	created, synced := false, false
+	db.hook = func(op, path string) error {
+		if op == "create" && !created { // it has listed the directory
+			created = true
+			go func() { done <- a.renew(false) }()
+			<-atTemp
+		}
+		if op == "sync" && !synced { // it has read the first file
+			synced = true
+			close(goOn)
+			<-done
+		}
+		return nil
+	}
+	if _, err := openJournal(db, "journal", 0); err != nil {
+		t.Error(err)
+	}
+	if _, err := a.Claim(t.Context(), journalEvent("evt_3", 0, 0)); !errors.Is(err, ErrClosed) {
+		t.Errorf("the earlier owner got %v, want ErrClosed", err)
+	}
+	c := openOn(t, medium.process(), 0)
+	if ids := journalPending(t, c); len(ids) < 3 {
+		t.Errorf("3 acknowledged; kept %q", ids)
+	}
+}
+
+// Close ends every claim that is under way.
+func TestJournalClosedBesideClaims(t *testing.T) {
+	for range 400 {
+		j := openOn(t, newDisk().process(), 0)
+		var wg sync.WaitGroup
+		var claimed atomic.Int32
+		for g := range 8 {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				defer func() {
+					if v := recover(); v != nil {
+						t.Error("panic:", v)
+					}
+				}()
+				for i := range 50 {
+					if _, err := j.Claim(context.Background(), journalEvent(fmt.Sprint(g, "_", i), 0, 0)); err != nil {
+						return
+					}
+					claimed.Add(1)
+				}
+			}()
+		}
+		for claimed.Load() < 20 {
+			runtime.Gosched()
+		}
+		_ = j.Close()
+		end := make(chan bool)
+		go func() { wg.Wait(); close(end) }()
+		select {
+		case <-end:
+		case <-time.After(5 * time.Second):
+			t.Fatal("a claim hangs after Close")
+		}
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+// Close while claims wait to go on in a new file.
+func TestJournalClosedBesideRenewal(t *testing.T) {
+	for range 400 {
+		d := &hookDisk{disk: newDisk().process()}
+		j := openOn(t, d, 0)
+		d.hook = func(op, path string) error {
+			if op == "sync" {
+				return &fs.PathError{Op: op, Path: path, Err: errDisk}
+			}
+			return nil
+		}
+		_, _ = j.Claim(context.Background(), journalEvent("evt", 0, 0))
+		var wg sync.WaitGroup
+		for g := range 20 {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				defer func() {
+					if v := recover(); v != nil {
+						t.Error("panic:", v)
+					}
+				}()
+				_, _ = j.Claim(context.Background(), journalEvent(fmt.Sprint(g), 0, 0))
+			}()
+		}
+		runtime.Gosched()
+		_ = j.Close()
+		wg.Wait()
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+// A thousand times the journal cannot go on in a new file. They leave no files behind.
+func TestRow07FailedRenewalsLeaveNothing(t *testing.T) {
+	medium := newDisk()
+	d := &hookDisk{disk: medium.process()}
+	j := openOn(t, d, 0)
+	d.hook = func(op, path string) error { // what fsync does on a full disk with delayed allocation
+		if op == "sync" || op == "write" && strings.HasSuffix(path, ".tmp") {
+			return &fs.PathError{Op: op, Path: path, Err: errDisk}
+		}
+		return nil
+	}
+	for i := range 1000 {
+		_, _ = j.Claim(t.Context(), journalEvent(fmt.Sprint(i), 0, 0))
+	}
+	open := 0
+	for _, n := range d.held {
+		open += n
+	}
+	if open > 20 || len(medium.names) > 20 {
+		t.Errorf("after 1000 refused claims %d files are open, %d on disk", open, len(medium.names))
+	}
+}
+
+// journalOrphan compacts while something fails. What is done before a clean end stays done, beyond the retention.
+func journalOrphan(t *testing.T, fails func(op, path string) bool) {
+	synctest.Test(t, func(t *testing.T) {
+		medium := newDisk()
+		d := &hookDisk{disk: medium.process()}
+		j := openOn(t, d, time.Hour)
+		env := journalEvent("evt_1", 0, 0)
+		if _, err := j.Claim(t.Context(), env); err != nil {
+			t.Fatal(err)
+		}
+		d.hook = func(op, path string) error {
+			if fails(op, path) {
+				return &fs.PathError{Op: op, Path: path, Err: errDisk}
+			}
+			return nil
+		}
+		_ = j.renew(false)
+		d.hook = nil
+		if err := j.Done(t.Context(), env, nil); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Hour)
+		if _, err := j.Claim(t.Context(), journalEvent("evt_2", 0, 0)); err != nil { // expires
+			t.Fatal(err)
+		}
+		for range 2 {
+			_ = j.renew(false)
+		}
+		if err := j.Close(); err != nil {
+			t.Error(err)
+		}
+		j = openOn(t, medium.process(), time.Hour)
+		if ids := journalPending(t, j); slices.Contains(ids, "evt_1") {
+			t.Errorf("evt_1 was done, without a crash, and is handed out again: %q", ids)
+		}
+	})
+}
+func TestRow09RemoveFailsOnce(t *testing.T) {
+	journalOrphan(t, func(op, path string) bool { return op == "remove" && strings.HasSuffix(path, ".log") })
+}
+func TestRow09SyncDirFailsAfterRename(t *testing.T) {
+	renamed := false
+	journalOrphan(t, func(op, path string) bool {
+		renamed = renamed || op == "rename"
+		return op == "syncdir" && renamed
+	})
+}
+
+// A takeover during the owner's compaction, just before the copy gets its name. The new owner removes it in the end.
+func TestRow17CopyOfTheLoser(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		medium := newDisk()
+		da, db := &hookDisk{disk: medium.process()}, &hookDisk{disk: medium.process()}
+		a := openOn(t, da, time.Hour)
+		env := journalEvent("evt_1", 0, 0)
+		if _, err := a.Claim(t.Context(), env); err != nil {
+			t.Fatal(err)
+		}
+		var b *Journal
+		da.hook = func(op, path string) error {
+			if op == "rename" && b == nil { // a is stopped for the time of an opening
+				b = openOn(t, db, time.Hour)
+			}
+			return nil
+		}
+		_ = a.renew(false)
+		for i := range 5 {
+			e := journalEvent(fmt.Sprint("evt_b", i), 0, 0)
+			if _, err := b.Claim(t.Context(), e); err != nil {
+				t.Fatal(err)
+			}
+			_ = b.renew(false)
+			_ = b.Done(t.Context(), e, nil)
+			_ = b.Done(t.Context(), env, nil)
+			time.Sleep(2 * time.Hour)
+			_, _ = b.Claim(t.Context(), env)
+			_ = b.Done(t.Context(), env, nil)
+		}
+		time.Sleep(2 * time.Hour)
+		_, _ = b.Claim(t.Context(), journalEvent("evt_last", 0, 0))
+		_ = b.renew(false)
+		_ = b.Close()
+		c := openOn(t, medium.process(), time.Hour)
+		if ids := journalPending(t, c); !slices.Equal(ids, []string{"evt_last"}) {
+			t.Errorf("handed out: %q", ids)
+		}
+	})
+}
+
+// What compactions that were killed have left goes with the next.
+func TestRow09StrayCopies(t *testing.T) {
+	medium := newDisk()
+	for range 5 {
+		p := medium.process()
+		d := &hookDisk{disk: p}
+		j := openOn(t, d, 0)
+		_, _ = j.Claim(t.Context(), journalEvent("evt", 0, 1000))
+		d.hook = func(op, path string) error {
+			if op == "sync" && strings.HasSuffix(path, ".tmp") {
+				p.die()
+			}
+			return nil
+		}
+		_ = j.renew(false)
+	}
+	j := openOn(t, medium.process(), 0)
+	_ = j.renew(false)
+	for _, n := range diskNames(medium) {
+		if strings.Contains(n, ".tmp") {
+			t.Error("left for ever:", n)
+		}
+	}
+}
+
+// A Done that is recorded while an fsync fails is not forgotten by closing and opening the journal.
+func TestRow07DoneBesideFailingFsync(t *testing.T) {
+	medium := newDisk()
+	d := &hookDisk{disk: medium.process()}
+	j := openOn(t, d, 0)
+	env := journalEvent("evt_1", 0, 0)
+	if _, err := j.Claim(t.Context(), env); err != nil {
+		t.Fatal(err)
+	}
+	d.hook = func(op, path string) error {
+		if op == "sync" {
+			d.hook = nil
+			if err := j.Done(t.Context(), env, nil); err != nil { // Handled
+				t.Error(err)
+			}
+			return &fs.PathError{Op: op, Path: path, Err: errDisk}
+		}
+		return nil
+	}
+	if _, err := j.Claim(t.Context(), journalEvent("evt_2", 0, 0)); err == nil {
+		t.Error("acknowledged although the fsync failed")
+	}
+	if err := j.Close(); err != nil {
+		t.Error(err)
+	}
+	j = openOn(t, medium.process(), 0)
+	if ids := journalPending(t, j); slices.Contains(ids, "evt_1") {
+		t.Errorf("done before a clean Close, and handed out again: %q", ids)
+	}
+}
+
+// The same when a compaction has begun, and fails too.
+func TestRow07DoneBesideFailingCompaction(t *testing.T) {
+	medium := newDisk()
+	d := &hookDisk{disk: medium.process()}
+	j := openOn(t, d, 0)
+	env := journalEvent("evt_1", 0, 0)
+	if _, err := j.Claim(t.Context(), env); err != nil {
+		t.Fatal(err)
+	}
+	begun, goOn := make(chan bool), make(chan bool)
+	var once, evt2 atomic.Bool
+	d.hook = func(op, path string) error {
+		switch {
+		case op == "sync" && once.CompareAndSwap(false, true):
+			close(begun)
+			<-goOn
+			return &fs.PathError{Op: op, Path: path, Err: errDisk}
+		case strings.HasSuffix(path, ".tmp"): // no space for the copy
+			if op == "create" && evt2.CompareAndSwap(false, true) {
+				close(goOn)
+			}
+			if op == "write" {
+				return &fs.PathError{Op: op, Path: path, Err: errDisk}
+			}
+		}
+		return nil
+	}
+	claimed := make(chan error, 1)
+	go func() {
+		_, err := j.Claim(context.Background(), journalEvent("evt_2", 0, 0))
+		claimed <- err
+	}()
+	<-begun
+	if err := j.Done(t.Context(), env, nil); err != nil {
+		t.Error(err)
+	}
+	if j.renew(false) == nil || <-claimed == nil {
+		t.Error("the compaction or the claim succeeded on a failing disk")
+	}
+	d.hook = nil
+	if _, err := j.Claim(t.Context(), journalEvent("evt_3", 0, 0)); err != nil {
+		t.Error(err)
+	}
+	if err := j.Close(); err != nil {
+		t.Error(err)
+	}
+	j = openOn(t, medium.process(), 0)
+	if ids := journalPending(t, j); slices.Contains(ids, "evt_1") {
+		t.Errorf("done before a clean Close, and handed out again: %q", ids)
+	}
+}
+
+// lateInbox takes its snapshot late.
+type lateInbox struct {
+	*fakeInbox
+	before func()
+}
+
+func (in *lateInbox) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
+	return func(yield func(*Envelope, error) bool) {
+		if in.before != nil {
+			in.before()
+		}
+		for env, err := range in.fakeInbox.Pending(ctx) {
+			if !yield(env, err) {
+				return
+			}
+		}
+	}
+}
+
+// Two events of a case are accepted before the snapshot: the first into memory, the second not.
+func TestInboxArrivalIsNotOvertaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := &lateInbox{fakeInbox: &fakeInbox{}}
+		in.put("evt_R", "case_R")
+		release := make(chan bool)
+		call := 0
+		var r *rig
+		in.before = func() {
+			switch call++; call {
+			case 2: // the room has 1 of 2 taken by R; the inbox is behind
+				r.deliver(t, "evt_A", "case_1")
+				r.deliver(t, "evt_C", "case_1") // no room: stays in the inbox
+				close(release)
+				synctest.Wait() // R ends
+			}
+		}
+		r = newRig(t, func(ctx context.Context, env *Envelope) error {
+			if env.EventID == "evt_R" {
+				<-release
+			}
+			return nil
+		}, WithInbox(in), WithBacklog(2), WithConcurrency(2))
+		synctest.Wait()
+		// make it behind: fill and let it miss
+		r.Receiver.mu.Lock()
+		r.Receiver.behind = true
+		r.Receiver.mu.Unlock()
+		time.Sleep(11 * time.Second)
+		synctest.Wait()
+		time.Sleep(11 * time.Second)
+		ids := r.called()
+		a, c := slices.Index(ids, "evt_A"), slices.Index(ids, "evt_C")
+		if a < 0 || c < 0 || a > c {
+			t.Errorf("order %q", ids)
+		}
+	})
+}
+
+// As on Windows: an open file can be neither renamed nor removed.
+func TestRow09OpenFilesStay(t *testing.T) {
+	medium := newDisk()
+	d := &hookDisk{disk: medium.process()}
+	d.hook = func(op, path string) error {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if (op == "rename" || op == "remove") && d.held[path] > 0 {
+			return &fs.PathError{Op: op, Path: path, Err: errors.New("sharing violation")}
+		}
+		return nil
+	}
+	j := openOn(t, d, 0)
+	if _, err := j.Claim(t.Context(), journalEvent("evt", 0, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.renew(false); err != nil {
+		t.Error(err)
 	}
 }
