@@ -886,9 +886,10 @@ func parseRecord(line []byte) (rec record) {
 		case "id", "done":
 			rec.kind, rec.ids = string(name), []digest{digestOf(text(value))}
 		case "sha256":
-			rec.kind, rec.ids = "sha256", make([]digest, len(value)/(2*len(digest{})))
+			halves, _ := hex.DecodeString(text(value))
+			rec.kind, rec.ids = "sha256", make([]digest, len(halves)/len(digest{}))
 			for i := range rec.ids {
-				_, _ = hex.Decode(rec.ids[i][:], value[1+i*32:][:32])
+				rec.ids[i] = digest(halves[i*len(digest{}):])
 			}
 		case "at":
 			rec.at, _ = strconv.ParseInt(string(value), 10, 64)
