@@ -283,8 +283,12 @@ func openJournal(d disk, dir string, retention time.Duration) (*Journal, error) 
 
 // Close ends the use of the journal: from then on it refuses, with ErrClosed. Shut the receiver down first.
 func (j *Journal) Close() (err error) {
-	j.mu.Lock()
-	if j.closed == nil {
+	if err = j.lock(); err != nil { // after a failed fsync what is done has to be written once more
+		j.mu.Lock()
+	}
+	if j.closed != nil {
+		err = nil
+	} else {
 		j.closed = fmt.Errorf("%w: the journal in %s", ErrClosed, j.dir)
 	}
 	j.mu.Unlock()
@@ -306,7 +310,7 @@ func (j *Journal) Close() (err error) {
 // lock locks mu where the journal can be written to. When an fsync has failed, it first goes on in a new file.
 func (j *Journal) lock() error {
 	j.mu.Lock()
-	for j.closed == nil && j.last().bad != nil {
+	for j.closed == nil && j.bad() != nil {
 		j.mu.Unlock()
 		if err := j.renew(true); err != nil {
 			return err
@@ -396,7 +400,8 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 			yield(nil, err)
 			return
 		}
-		err, owned := j.owns(), j.closed == nil
+		err := j.owns()
+		owned := j.closed == nil
 		if err == nil {
 			err, j.reports = errors.Join(j.reports...), nil
 		}
@@ -417,7 +422,8 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 				if rec, err = j.read(c); err == nil {
 					env, err = ParseEnvelope(rec.event)
 				}
-				if err != nil && !c.ended && errors.Is(err, ErrMalformed) {
+				if errors.Is(err, ErrMalformed) && !c.ended { // it is no event, and would stop the reading each time
+					c.file.damaged = true
 					j.end(c)
 				}
 			}
@@ -561,6 +567,14 @@ func named(err error) error {
 	return fmt.Errorf("offloadhook: journal: %w", err)
 }
 
+// bad returns why a file is not to be trusted, if one is. mu is held.
+func (j *Journal) bad() (err error) {
+	for _, file := range j.files {
+		err = cmp.Or(err, file.bad)
+	}
+	return err
+}
+
 func (j *Journal) last() *logFile { return j.files[len(j.files)-1] }
 
 func (j *Journal) path(gen int) string {
@@ -611,8 +625,7 @@ func (j *Journal) open() error {
 	if err = j.load(); err != nil {
 		return cmp.Or(j.owns(), err)
 	}
-	j.last().bad = nil
-	return j.renew(false)
+	return j.renew(true) // which also says that the directory is synced
 }
 
 // load reads the files before the last.
@@ -653,6 +666,12 @@ func (j *Journal) load() error {
 			}
 		}
 	}
+	again, listErr := j.numbers(".log")
+	if err = cmp.Or(err, listErr); err == nil && slices.ContainsFunc(again, func(gen int) bool {
+		return gen < j.last().gen && !slices.Contains(gens, gen)
+	}) {
+		err = fs.ErrNotExist // what gets its name while a directory is listed need not be seen
+	}
 	return err
 }
 
@@ -690,11 +709,11 @@ func (j *Journal) renew(bad bool) (err error) {
 	defer j.renewal.Unlock()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.closed != nil || bad && j.last().bad == nil {
+	if j.closed != nil || bad && j.bad() == nil {
 		return j.closed
 	}
 	defer func() { err = named(err) }()
-	was, old, gen := j.last().bad, slices.Clone(j.files), j.last().gen+1
+	was, old, gen := j.bad(), slices.Clone(j.files), j.last().gen+1
 	if err = j.write(); err == nil {
 		j.group = nil       // who leads it will sync its file
 		err = j.create(gen) // the place of the copy, lest an opener takes its number
@@ -703,18 +722,12 @@ func (j *Journal) renew(bad bool) (err error) {
 		err = cmp.Or(j.create(gen+1), j.disk.syncDir(j.dir))
 	}
 	if err = cmp.Or(j.owns(), err); err != nil {
+		j.undo(old)
 		return err
 	}
-	live, ids, claims := j.last(), j.done.blocks(), slices.Clone(j.order)
-	live.bad = was
-	_ = j.files[len(old)].Close()
-	old = slices.DeleteFunc(old, func(file *logFile) bool { // what earlier failures left
-		if file.size == 0 {
-			_, _ = file.Close(), j.disk.remove(j.path(file.gen))
-		}
-		return file.size == 0
-	})
-	j.files = append(old, live)
+	place, live, ids, claims := j.files[len(old)], j.last(), j.done.blocks(), slices.Clone(j.order)
+	place.bad, live.bad = nil, was
+	_ = place.Close()
 	j.mu.Unlock()
 	dst := &logFile{gen: gen}
 	offs, err := j.copyTo(dst, ids, claims)
@@ -730,7 +743,13 @@ func (j *Journal) renew(bad bool) (err error) {
 	}
 	if err != nil {
 		err = cmp.Or(j.owns(), err)
-		_, _ = j.disk.remove(j.path(gen)+".tmp"), j.disk.remove(j.path(gen))
+		_ = j.disk.remove(j.path(gen) + ".tmp")
+		if was != nil {
+			j.undo(old)
+		} else { // live has been written to
+			_ = j.disk.remove(j.path(gen))
+			j.files = append(old, live)
+		}
 		return err
 	}
 	for i, c := range claims {
@@ -744,6 +763,18 @@ func (j *Journal) renew(bad bool) (err error) {
 	j.clear(old, gen)
 	j.mu.Lock()
 	return nil
+}
+
+// undo takes back the files that were made after old, and to which nothing was written. mu is held.
+func (j *Journal) undo(old []*logFile) {
+	made := j.files[len(old):]
+	j.files = old
+	for _, file := range made { // the highest number last: until then nobody can get one of these
+		_ = file.Close()
+		if file.bad = j.disk.remove(j.path(file.gen)); file.bad != nil {
+			j.files = append(j.files, file)
+		}
+	}
 }
 
 // clear removes the files before number gen, which is a copy of what is alive, and keeps the damaged ones of old aside.

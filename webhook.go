@@ -111,6 +111,7 @@ type Receiver struct {
 
 	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
 	reading  bool                // the inbox is being read
+	short    bool                // the last reading was not whole: the next one needs the room that arrivals would take
 	missed   bool                // an event was left to the inbox during this reading
 	arrivals []*task             // accepted during this reading, to follow what it yields
 	finished map[string]struct{} // the ids that ended during this reading
@@ -580,7 +581,7 @@ func (r *Receiver) place(t *task) error {
 		return ErrClosed
 	case r.inbox == nil, !r.closed && !r.behind && r.tryRoom():
 		r.enqueue(t)
-	case !r.closed && r.reading && !r.missed && r.tryRoom():
+	case !r.closed && r.reading && !r.missed && !r.short && r.tryRoom():
 		t.state = queued
 		r.arrivals = append(r.arrivals, t)
 	case !r.closed:
@@ -969,16 +970,17 @@ func (r *Receiver) readInbox() (clean bool) {
 	stuck := false
 	for _, t := range batch {
 		id := t.env.EventID
-		if first := r.tasks[id]; first != nil && first.state == deciding && !stuck {
+		first := r.tasks[id]
+		for ; first != nil && first.state == deciding && ctx.Err() == nil; first = r.tasks[id] {
 			r.mu.Unlock()
 			select {
 			case <-first.decided:
 			case <-ctx.Done():
 			}
 			r.mu.Lock()
-			again := r.tasks[id]
-			stuck = again != nil && again.state == deciding
-			whole = whole && !stuck
+		}
+		if first != nil && first.state == deciding {
+			stuck, whole = true, false // those behind it may be of its case
 		}
 		if r.inMemory(id) || r.closed || stuck {
 			<-r.room
@@ -994,6 +996,7 @@ func (r *Receiver) readInbox() (clean bool) {
 			r.forget(t) // it stays in the inbox
 		}
 	}
+	r.short = !whole
 	r.behind = r.missed || !whole || r.behind && !clean
 	r.reading, r.arrivals, r.finished = false, nil, nil
 	if clean {
