@@ -956,9 +956,9 @@ func (r *Receiver) readInbox() (clean bool) {
 			continue
 		}
 		r.mu.Lock()
-		known, overtaken := r.inMemory(env.EventID), r.missed && len(r.arrivals) > 0
+		known := r.inMemory(env.EventID)
 		r.mu.Unlock()
-		if whole = known || !overtaken && r.tryRoom(); !whole {
+		if whole = known || r.tryRoom(); !whole {
 			break
 		}
 		if !known {
@@ -979,8 +979,8 @@ func (r *Receiver) readInbox() (clean bool) {
 			}
 			r.mu.Lock()
 		}
-		if first != nil && first.state == deciding {
-			stuck, whole = true, false // those behind it may be of its case
+		if first != nil && first.state == deciding || r.missed && len(r.arrivals) > 0 {
+			stuck, whole = true, false // what follows may be of its case, or have been missed after an arrival of its own
 		}
 		if r.inMemory(id) || r.closed || stuck {
 			<-r.room
