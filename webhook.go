@@ -579,7 +579,7 @@ func (r *Receiver) place(t *task) error {
 	case r.inbox == nil && r.alive.Err() != nil:
 		<-r.room
 		return ErrClosed
-	case r.inbox == nil, !r.closed && !r.behind && r.tryRoom():
+	case r.inbox == nil, !r.closed && !r.behind && !r.reading && r.tryRoom():
 		r.enqueue(t)
 	case !r.closed && r.reading && !r.missed && !r.short && r.tryRoom():
 		t.state = queued
@@ -997,7 +997,7 @@ func (r *Receiver) readInbox() (clean bool) {
 		}
 	}
 	r.short = !whole
-	r.behind = r.missed || !whole || r.behind && !clean
+	r.behind = r.missed || !whole || !clean && (r.behind || len(r.arrivals) > 0)
 	r.reading, r.arrivals, r.finished = false, nil, nil
 	if clean {
 		r.checkWake()
