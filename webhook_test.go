@@ -3313,22 +3313,61 @@ type diskFault struct {
 
 var errDisk = errors.New("the disk failed in this test")
 
+func diskFails(op, path string) error { return &fs.PathError{Op: op, Path: path, Err: errDisk} }
+
 // diskProcess is the disk as one process sees it.
 type diskProcess struct {
 	*diskMedium
-	fault   diskFault
-	rng     *rand.Rand
-	ops     int
-	steps   []string // what they were
-	struck  int      // how many have failed
-	dead    bool
-	onSync  func() // called at the beginning of an fsync of a file
-	onRead  func(size int)
-	onWrite func(b []byte)
+	fault  diskFault
+	rng    *rand.Rand
+	ops    int
+	steps  []string // what they were
+	struck int      // how many have failed
+	dead   bool
+	held   map[string]int              // open files, by path
+	hook   func(op, path string) error // called before an operation that changes something; an error is its outcome
 }
 
 func (m *diskMedium) process() *diskProcess {
-	return &diskProcess{diskMedium: m, rng: rand.New(rand.NewPCG(1, 2))}
+	return &diskProcess{diskMedium: m, rng: rand.New(rand.NewPCG(1, 2)), held: make(map[string]int)}
+}
+
+// onSync makes f the hook of every fsync of a file.
+func (p *diskProcess) onSync(f func()) {
+	p.hook = func(op, _ string) error {
+		if op == "sync" {
+			f()
+		}
+		return nil
+	}
+}
+
+// failWhere makes the operations fail that match.
+func (p *diskProcess) failWhere(match func(op, path string) bool) {
+	p.hook = func(op, path string) error {
+		if match(op, path) {
+			return diskFails(op, path)
+		}
+		return nil
+	}
+}
+
+// before calls the hook. mu is not held.
+func (p *diskProcess) before(op, path string) error {
+	if p.hook == nil {
+		return nil
+	}
+	return p.hook(op, path)
+}
+
+// handles returns how many files are open.
+func (p *diskProcess) handles() (n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, open := range p.held {
+		n += open
+	}
+	return n
 }
 
 // step counts an operation and decides whether it fails. mu is held.
@@ -3342,7 +3381,7 @@ func (p *diskProcess) step(step, path string) error {
 	}
 	p.struck++
 	p.dead = p.dead || f.dies
-	return &fs.PathError{Op: step, Path: path, Err: errDisk}
+	return diskFails(step, path)
 }
 
 func (p *diskProcess) heal() {
@@ -3388,12 +3427,15 @@ func (p *diskProcess) list(dir string) (names []string, err error) {
 }
 
 func (p *diskProcess) open(path string, flag int) (diskFile, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	step := "open"
 	if flag&os.O_CREATE != 0 {
 		step = "create"
 	}
+	if err := p.before(step, path); err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if err := p.step(step, path); err != nil {
 		return nil, err
 	}
@@ -3407,10 +3449,14 @@ func (p *diskProcess) open(path string, flag int) (diskFile, error) {
 		node = &diskNode{dirty: make(map[int]bool)}
 		p.change(func(names map[string]*diskNode) { names[path] = node })
 	}
+	p.held[path]++
 	return &diskHandle{p, node, path}, nil
 }
 
 func (p *diskProcess) rename(from, to string) error {
+	if err := p.before("rename", from); err != nil {
+		return err
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.step("rename", from); err != nil {
@@ -3431,6 +3477,9 @@ func (p *diskProcess) rename(from, to string) error {
 }
 
 func (p *diskProcess) remove(path string) error {
+	if err := p.before("remove", path); err != nil {
+		return err
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.step("remove", path); err != nil {
@@ -3444,6 +3493,9 @@ func (p *diskProcess) remove(path string) error {
 }
 
 func (p *diskProcess) syncDir(dir string) error {
+	if err := p.before("syncdir", dir); err != nil {
+		return err
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.step("syncdir", dir); err != nil {
@@ -3461,9 +3513,6 @@ type diskHandle struct {
 }
 
 func (h *diskHandle) ReadAt(b []byte, off int64) (n int, err error) {
-	if h.p.onRead != nil {
-		h.p.onRead(len(b))
-	}
 	h.p.mu.Lock()
 	defer h.p.mu.Unlock()
 	if err := h.p.step("read", h.path); err != nil {
@@ -3479,8 +3528,8 @@ func (h *diskHandle) ReadAt(b []byte, off int64) (n int, err error) {
 }
 
 func (h *diskHandle) WriteAt(b []byte, off int64) (int, error) {
-	if h.p.onWrite != nil {
-		h.p.onWrite(b)
+	if err := h.p.before("write", h.path); err != nil {
+		return 0, err
 	}
 	h.p.mu.Lock()
 	defer h.p.mu.Unlock()
@@ -3528,8 +3577,8 @@ func (h *diskHandle) Truncate(size int64) error {
 }
 
 func (h *diskHandle) Sync() error {
-	if h.p.onSync != nil {
-		h.p.onSync()
+	if err := h.p.before("sync", h.path); err != nil {
+		return err
 	}
 	h.p.mu.Lock()
 	defer h.p.mu.Unlock()
@@ -3558,6 +3607,7 @@ func (h *diskHandle) Sync() error {
 func (h *diskHandle) Close() error {
 	h.p.mu.Lock()
 	defer h.p.mu.Unlock()
+	h.p.held[h.path]--
 	return h.p.step("close", h.path)
 }
 
@@ -4181,7 +4231,7 @@ func TestRow11DuplicateDuringFailingFsync(t *testing.T) {
 		for round := range 1000 {
 			env := journalEvent(fmt.Sprint("evt_", round), round, 0)
 			begun, duplicate := false, make(chan error, 1)
-			d.onSync = func() {
+			d.onSync(func() {
 				_, content := medium.newest(".log")
 				if begun || !bytes.Contains(content, fmt.Appendf(nil, "{\"id\":%q", env.EventID)) {
 					return // or it is that of a new file, before the event is in it
@@ -4203,14 +4253,14 @@ func TestRow11DuplicateDuringFailingFsync(t *testing.T) {
 				medium.mu.Lock()
 				d.fault = diskFault{from: 1, span: 1 << 30, only: "sync"}
 				medium.mu.Unlock()
-			}
+			})
 			if _, err := j.Claim(t.Context(), env); !errors.Is(err, errDisk) {
 				t.Fatalf("round %d: the first got %v", round, err)
 			}
 			if err := <-duplicate; !errors.Is(err, errDisk) {
 				t.Fatalf("round %d: the duplicate got %v", round, err)
 			}
-			d.onSync = nil
+			d.hook = nil
 			d.heal()
 			if fresh, err := j.Claim(t.Context(), env); !fresh || err != nil {
 				t.Fatalf("round %d: then it got %v, %v", round, fresh, err)
@@ -4606,19 +4656,19 @@ func TestRow17OpenerOvertakes(t *testing.T) {
 	read, goOn, done := make(chan bool), make(chan bool), make(chan bool)
 	var winner *Journal
 	var err error
-	fast.onSync = func() {
-		fast.onSync = nil
+	fast.onSync(func() {
+		fast.hook = nil
 		close(read) // it has read the files
 		<-goOn
-	}
-	slow.onSync = func() {
-		slow.onSync = nil
+	})
+	slow.onSync(func() {
+		slow.hook = nil
 		go func() {
 			defer close(done)
 			winner, err = openJournal(fast, "journal", 0)
 		}()
 		<-read
-	}
+	})
 	loser, loserErr := openJournal(slow, "journal", 0)
 	close(goOn)
 	<-done
@@ -4844,10 +4894,7 @@ func TestOpenJournal(t *testing.T) {
 // A journal that was closed refuses everything.
 func TestJournalClosed(t *testing.T) {
 	j := journalOpen(t, t.TempDir())
-	env := journalEvent("evt_1", 0, 0)
-	if _, err := j.Claim(t.Context(), env); err != nil {
-		t.Fatal(err)
-	}
+	env := journalClaimed(t, j, "evt_1")
 	if err := j.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -5171,7 +5218,7 @@ func TestGroupCommit(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := strings.Count(strings.Join(d.steps, " "), "sync")
-	d.onSync = func() { time.Sleep(time.Millisecond) } // as long as a disk takes
+	d.onSync(func() { time.Sleep(time.Millisecond) }) // as long as a disk takes
 	var claiming sync.WaitGroup
 	for c := range clients {
 		claiming.Go(func() {
@@ -6129,13 +6176,13 @@ func TestRow07FsyncFailsWithQueue(t *testing.T) {
 				t.Fatal(err)
 			}
 			begun, goOn := make(chan bool), make(chan bool)
-			d.onSync = func() {
+			d.onSync(func() {
 				begun <- true
 				<-goOn
 				d.mu.Lock()
 				defer d.mu.Unlock()
 				d.fault = diskFault{from: d.ops + 1, span: 1}
-			}
+			})
 			answers := make(chan error, waiting+1)
 			claim := func(i int) {
 				_, err := j.Claim(context.Background(), journalEvent(fmt.Sprint("evt_", i), i, 0))
@@ -6151,7 +6198,7 @@ func TestRow07FsyncFailsWithQueue(t *testing.T) {
 				defer j.mu.Unlock()
 				return j.group != nil && len(j.group.claims) == waiting
 			})
-			d.onSync = nil
+			d.hook = nil
 			close(goOn)
 			journalWait(t, "every claim to be answered", func() bool { return len(answers) == waiting+1 })
 			for range waiting + 1 {
@@ -6196,7 +6243,7 @@ func TestRow09TakeoverDuringCompaction(t *testing.T) {
 			}
 			goOn, done := make(chan bool), make(chan error, 1)
 			syncs := 0
-			slow.onSync = func() {
+			slow.onSync(func() {
 				if syncs++; syncs != test.sync {
 					return
 				}
@@ -6204,16 +6251,16 @@ func TestRow09TakeoverDuringCompaction(t *testing.T) {
 				medium.mu.Lock()
 				defer medium.mu.Unlock()
 				slow.fault = test.fault
-			}
+			})
 			go func() { done <- loser.renew(false) }()
 			synctest.Wait()
-			fast.onSync = func() { // it has read the file
-				fast.onSync = nil
+			fast.onSync(func() { // it has read the file
+				fast.hook = nil
 				close(goOn)
 				if err := <-done; err == nil {
 					t.Error("the compaction succeeded in the end")
 				}
-			}
+			})
 			winner, err := openJournal(fast, "journal", 0)
 			if err != nil {
 				t.Fatal(err)
@@ -6407,90 +6454,6 @@ func TestOpenJournalLeaksNoFile(t *testing.T) {
 	}
 }
 
-// hookDisk calls hook before each operation. An error from it is that of the operation.
-type hookDisk struct {
-	disk
-	hook func(op, path string) error
-	mu   sync.Mutex
-	held map[string]int // handles open, by path
-}
-
-func (d *hookDisk) call(op, path string) error {
-	if d.hook != nil {
-		return d.hook(op, path)
-	}
-	return nil
-}
-func (d *hookDisk) open(path string, flag int) (diskFile, error) {
-	op := "open"
-	if flag&os.O_CREATE != 0 {
-		op = "create"
-	}
-	if err := d.call(op, path); err != nil {
-		return nil, err
-	}
-	f, err := d.disk.open(path, flag)
-	if err != nil {
-		return nil, err
-	}
-	d.mu.Lock()
-	if d.held == nil {
-		d.held = map[string]int{}
-	}
-	d.held[path]++
-	d.mu.Unlock()
-	return &hookFile{f, d, path}, nil
-}
-func (d *hookDisk) rename(from, to string) error {
-	if err := d.call("rename", from); err != nil {
-		return err
-	}
-	return d.disk.rename(from, to)
-}
-func (d *hookDisk) remove(path string) error {
-	if err := d.call("remove", path); err != nil {
-		return err
-	}
-	return d.disk.remove(path)
-}
-func (d *hookDisk) syncDir(path string) error {
-	if err := d.call("syncdir", path); err != nil {
-		return err
-	}
-	return d.disk.syncDir(path)
-}
-
-type hookFile struct {
-	diskFile
-	d    *hookDisk
-	path string
-}
-
-func (f *hookFile) Close() error {
-	f.d.mu.Lock()
-	f.d.held[f.path]--
-	f.d.mu.Unlock()
-	return f.diskFile.Close()
-}
-func (f *hookFile) Sync() error {
-	if err := f.d.call("sync", f.path); err != nil {
-		return err
-	}
-	return f.diskFile.Sync()
-}
-func (f *hookFile) Truncate(n int64) error {
-	if err := f.d.call("truncate", f.path); err != nil {
-		return err
-	}
-	return f.diskFile.Truncate(n)
-}
-func (f *hookFile) WriteAt(b []byte, off int64) (int, error) {
-	if err := f.d.call("write", f.path); err != nil {
-		return 0, err
-	}
-	return f.diskFile.WriteAt(b, off)
-}
-
 func diskNames(m *diskMedium) (names []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -6499,6 +6462,52 @@ func diskNames(m *diskMedium) (names []string) {
 	}
 	slices.Sort(names)
 	return names
+}
+
+// journalClaimed claims an event that is new.
+func journalClaimed(t testing.TB, j *Journal, id string) *Envelope {
+	t.Helper()
+	env := journalEvent(id, 0, 0)
+	if fresh, err := j.Claim(t.Context(), env); !fresh || err != nil {
+		t.Fatalf("claiming %s: %v, %v", id, fresh, err)
+	}
+	return env
+}
+
+// journalAtRename returns when an owner with one event, evt_a, is about to give its copy the name. resume lets it.
+func journalAtRename(t testing.TB, medium *diskMedium) (resume func()) {
+	t.Helper()
+	d := medium.process()
+	a := openOn(t, d, 0)
+	journalClaimed(t, a, "evt_a")
+	atRename, goOn, done := make(chan bool), make(chan bool), make(chan error, 1)
+	d.hook = func(op, path string) error {
+		if op == "rename" {
+			close(atRename)
+			<-goOn
+		}
+		return nil
+	}
+	go func() { done <- a.renew(false) }()
+	<-atRename
+	return func() {
+		close(goOn)
+		if err := <-done; err != nil {
+			t.Error("the owner's compaction:", err)
+		}
+	}
+}
+
+// journalExpectDone closes j, opens it anew, and expects that an event which was done is not handed out.
+func journalExpectDone(t testing.TB, j *Journal, medium *diskMedium, id string) {
+	t.Helper()
+	if err := j.Close(); err != nil {
+		t.Error(err)
+	}
+	j = openOn(t, medium.process(), j.retention)
+	if ids := journalPending(t, j); slices.Contains(ids, id) {
+		t.Errorf("%s was done before a clean Close, and is handed out again: %q", id, ids)
+	}
 }
 
 func openOn(t testing.TB, d disk, retention time.Duration) *Journal {
@@ -6513,18 +6522,14 @@ func openOn(t testing.TB, d disk, retention time.Duration) *Journal {
 // An owner stands still before it makes its next files, while another opens the journal. Neither overwrites the other.
 func TestRow17OwnerStandsStill(t *testing.T) {
 	medium := newDisk()
-	da := &hookDisk{disk: medium.process()}
+	da := medium.process()
 	a := openOn(t, da, 0)
-	if _, err := a.Claim(t.Context(), journalEvent("evt_a", 0, 0)); err != nil {
-		t.Fatal(err)
-	}
+	journalClaimed(t, a, "evt_a")
 	var b *Journal
 	da.hook = func(op, path string) error {
 		if op == "create" && b == nil { // SIGSTOP of a here
 			b = openOn(t, medium.process(), 0)
-			if fresh, err := b.Claim(t.Context(), journalEvent("evt_b", 0, 0)); !fresh || err != nil {
-				t.Error(fresh, err)
-			}
+			journalClaimed(t, b, "evt_b")
 		}
 		return nil
 	}
@@ -6538,12 +6543,10 @@ func TestRow17OwnerStandsStill(t *testing.T) {
 // An opener has read the directory just before the owner compacts.
 func TestRow17OpenerBesideCompaction(t *testing.T) {
 	medium := newDisk()
-	da, db := &hookDisk{disk: medium.process()}, &hookDisk{disk: medium.process()}
+	da, db := medium.process(), medium.process()
 	a := openOn(t, da, 0)
 	for i := range 3 {
-		if _, err := a.Claim(t.Context(), journalEvent(fmt.Sprint("evt_", i), 0, 0)); err != nil {
-			t.Fatal(err)
-		}
+		journalClaimed(t, a, fmt.Sprint("evt_", i))
 	}
 	atTemp, goOn, done := make(chan bool), make(chan bool), make(chan error, 1)
 	da.hook = func(op, path string) error {
@@ -6622,14 +6625,9 @@ func TestJournalClosedBesideClaims(t *testing.T) {
 // Close while claims wait to go on in a new file.
 func TestJournalClosedBesideRenewal(t *testing.T) {
 	for range 400 {
-		d := &hookDisk{disk: newDisk().process()}
+		d := newDisk().process()
 		j := openOn(t, d, 0)
-		d.hook = func(op, path string) error {
-			if op == "sync" {
-				return &fs.PathError{Op: op, Path: path, Err: errDisk}
-			}
-			return nil
-		}
+		d.failWhere(func(op, _ string) bool { return op == "sync" })
 		_, _ = j.Claim(context.Background(), journalEvent("evt", 0, 0))
 		var wg sync.WaitGroup
 		for g := range 20 {
@@ -6656,22 +6654,15 @@ func TestJournalClosedBesideRenewal(t *testing.T) {
 // A thousand times the journal cannot go on in a new file. They leave no files behind.
 func TestRow07FailedRenewalsLeaveNothing(t *testing.T) {
 	medium := newDisk()
-	d := &hookDisk{disk: medium.process()}
+	d := medium.process()
 	j := openOn(t, d, 0)
-	d.hook = func(op, path string) error { // what fsync does on a full disk with delayed allocation
-		if op == "sync" || op == "write" && strings.HasSuffix(path, ".tmp") {
-			return &fs.PathError{Op: op, Path: path, Err: errDisk}
-		}
-		return nil
-	}
+	d.failWhere(func(op, path string) bool { // what fsync does on a full disk with delayed allocation
+		return op == "sync" || op == "write" && strings.HasSuffix(path, ".tmp")
+	})
 	for i := range 1000 {
 		_, _ = j.Claim(t.Context(), journalEvent(fmt.Sprint(i), 0, 0))
 	}
-	open := 0
-	for _, n := range d.held {
-		open += n
-	}
-	if open > 20 || len(medium.names) > 20 {
+	if open := d.handles(); open > 20 || len(medium.names) > 20 {
 		t.Errorf("after 1000 refused claims %d files are open, %d on disk", open, len(medium.names))
 	}
 }
@@ -6680,37 +6671,21 @@ func TestRow07FailedRenewalsLeaveNothing(t *testing.T) {
 func journalOrphan(t *testing.T, fails func(op, path string) bool) {
 	synctest.Test(t, func(t *testing.T) {
 		medium := newDisk()
-		d := &hookDisk{disk: medium.process()}
+		d := medium.process()
 		j := openOn(t, d, time.Hour)
-		env := journalEvent("evt_1", 0, 0)
-		if _, err := j.Claim(t.Context(), env); err != nil {
-			t.Fatal(err)
-		}
-		d.hook = func(op, path string) error {
-			if fails(op, path) {
-				return &fs.PathError{Op: op, Path: path, Err: errDisk}
-			}
-			return nil
-		}
+		env := journalClaimed(t, j, "evt_1")
+		d.failWhere(fails)
 		_ = j.renew(false)
 		d.hook = nil
 		if err := j.Done(t.Context(), env, nil); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(2 * time.Hour)
-		if _, err := j.Claim(t.Context(), journalEvent("evt_2", 0, 0)); err != nil { // expires
-			t.Fatal(err)
-		}
+		journalClaimed(t, j, "evt_2") // what is beyond the retention expires
 		for range 2 {
 			_ = j.renew(false)
 		}
-		if err := j.Close(); err != nil {
-			t.Error(err)
-		}
-		j = openOn(t, medium.process(), time.Hour)
-		if ids := journalPending(t, j); slices.Contains(ids, "evt_1") {
-			t.Errorf("evt_1 was done, without a crash, and is handed out again: %q", ids)
-		}
+		journalExpectDone(t, j, medium, "evt_1")
 	})
 }
 func TestRow09RemoveFailsOnce(t *testing.T) {
@@ -6728,12 +6703,9 @@ func TestRow09SyncDirFailsAfterRename(t *testing.T) {
 func TestRow17CopyOfTheLoser(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		medium := newDisk()
-		da, db := &hookDisk{disk: medium.process()}, &hookDisk{disk: medium.process()}
+		da, db := medium.process(), medium.process()
 		a := openOn(t, da, time.Hour)
-		env := journalEvent("evt_1", 0, 0)
-		if _, err := a.Claim(t.Context(), env); err != nil {
-			t.Fatal(err)
-		}
+		env := journalClaimed(t, a, "evt_1")
 		var b *Journal
 		da.hook = func(op, path string) error {
 			if op == "rename" && b == nil { // a is stopped for the time of an opening
@@ -6743,10 +6715,7 @@ func TestRow17CopyOfTheLoser(t *testing.T) {
 		}
 		_ = a.renew(false)
 		for i := range 5 {
-			e := journalEvent(fmt.Sprint("evt_b", i), 0, 0)
-			if _, err := b.Claim(t.Context(), e); err != nil {
-				t.Fatal(err)
-			}
+			e := journalClaimed(t, b, fmt.Sprint("evt_b", i))
 			_ = b.renew(false)
 			_ = b.Done(t.Context(), e, nil)
 			_ = b.Done(t.Context(), env, nil)
@@ -6769,13 +6738,12 @@ func TestRow17CopyOfTheLoser(t *testing.T) {
 func TestRow09StrayCopies(t *testing.T) {
 	medium := newDisk()
 	for range 5 {
-		p := medium.process()
-		d := &hookDisk{disk: p}
+		d := medium.process()
 		j := openOn(t, d, 0)
 		_, _ = j.Claim(t.Context(), journalEvent("evt", 0, 1000))
 		d.hook = func(op, path string) error {
 			if op == "sync" && strings.HasSuffix(path, ".tmp") {
-				p.die()
+				d.die()
 			}
 			return nil
 		}
@@ -6793,43 +6761,31 @@ func TestRow09StrayCopies(t *testing.T) {
 // A Done that is recorded while an fsync fails is not forgotten by closing and opening the journal.
 func TestRow07DoneBesideFailingFsync(t *testing.T) {
 	medium := newDisk()
-	d := &hookDisk{disk: medium.process()}
+	d := medium.process()
 	j := openOn(t, d, 0)
-	env := journalEvent("evt_1", 0, 0)
-	if _, err := j.Claim(t.Context(), env); err != nil {
-		t.Fatal(err)
-	}
+	env := journalClaimed(t, j, "evt_1")
 	d.hook = func(op, path string) error {
 		if op == "sync" {
 			d.hook = nil
 			if err := j.Done(t.Context(), env, nil); err != nil { // Handled
 				t.Error(err)
 			}
-			return &fs.PathError{Op: op, Path: path, Err: errDisk}
+			return diskFails(op, path)
 		}
 		return nil
 	}
 	if _, err := j.Claim(t.Context(), journalEvent("evt_2", 0, 0)); err == nil {
 		t.Error("acknowledged although the fsync failed")
 	}
-	if err := j.Close(); err != nil {
-		t.Error(err)
-	}
-	j = openOn(t, medium.process(), 0)
-	if ids := journalPending(t, j); slices.Contains(ids, "evt_1") {
-		t.Errorf("done before a clean Close, and handed out again: %q", ids)
-	}
+	journalExpectDone(t, j, medium, "evt_1")
 }
 
 // The same when a compaction has begun, and fails too.
 func TestRow07DoneBesideFailingCompaction(t *testing.T) {
 	medium := newDisk()
-	d := &hookDisk{disk: medium.process()}
+	d := medium.process()
 	j := openOn(t, d, 0)
-	env := journalEvent("evt_1", 0, 0)
-	if _, err := j.Claim(t.Context(), env); err != nil {
-		t.Fatal(err)
-	}
+	env := journalClaimed(t, j, "evt_1")
 	begun, goOn := make(chan bool), make(chan bool)
 	var once, evt2 atomic.Bool
 	d.hook = func(op, path string) error {
@@ -6837,13 +6793,13 @@ func TestRow07DoneBesideFailingCompaction(t *testing.T) {
 		case op == "sync" && once.CompareAndSwap(false, true):
 			close(begun)
 			<-goOn
-			return &fs.PathError{Op: op, Path: path, Err: errDisk}
+			return diskFails(op, path)
 		case strings.HasSuffix(path, ".tmp"): // no space for the copy
 			if op == "create" && evt2.CompareAndSwap(false, true) {
 				close(goOn)
 			}
 			if op == "write" {
-				return &fs.PathError{Op: op, Path: path, Err: errDisk}
+				return diskFails(op, path)
 			}
 		}
 		return nil
@@ -6861,16 +6817,8 @@ func TestRow07DoneBesideFailingCompaction(t *testing.T) {
 		t.Error("the compaction or the claim succeeded on a failing disk")
 	}
 	d.hook = nil
-	if _, err := j.Claim(t.Context(), journalEvent("evt_3", 0, 0)); err != nil {
-		t.Error(err)
-	}
-	if err := j.Close(); err != nil {
-		t.Error(err)
-	}
-	j = openOn(t, medium.process(), 0)
-	if ids := journalPending(t, j); slices.Contains(ids, "evt_1") {
-		t.Errorf("done before a clean Close, and handed out again: %q", ids)
-	}
+	journalClaimed(t, j, "evt_3")
+	journalExpectDone(t, j, medium, "evt_1")
 }
 
 // lateInbox takes its snapshot late.
@@ -6942,7 +6890,7 @@ func TestInboxArrivalIsNotOvertaken(t *testing.T) {
 // As on Windows: an open file can be neither renamed nor removed.
 func TestRow09OpenFilesStay(t *testing.T) {
 	medium := newDisk()
-	d := &hookDisk{disk: medium.process()}
+	d := medium.process()
 	d.hook = func(op, path string) error {
 		d.mu.Lock()
 		defer d.mu.Unlock()
@@ -6952,9 +6900,7 @@ func TestRow09OpenFilesStay(t *testing.T) {
 		return nil
 	}
 	j := openOn(t, d, 0)
-	if _, err := j.Claim(t.Context(), journalEvent("evt", 0, 0)); err != nil {
-		t.Fatal(err)
-	}
+	journalClaimed(t, j, "evt")
 	if err := j.renew(false); err != nil {
 		t.Error(err)
 	}
@@ -6964,43 +6910,25 @@ func TestRow09OpenFilesStay(t *testing.T) {
 func TestRow17PlaceOfACopy(t *testing.T) {
 	for _, how := range []string{"dies", "fails"} {
 		medium := newDisk()
-		da := &hookDisk{disk: medium.process()}
-		a := openOn(t, da, 0)
-		if fresh, err := a.Claim(t.Context(), journalEvent("evt_a", 0, 0)); !fresh || err != nil {
-			t.Fatal(err)
-		}
-		atRename, goOn, done := make(chan bool), make(chan bool), make(chan error, 1)
-		da.hook = func(op, path string) error {
-			if op == "rename" {
-				close(atRename)
-				<-goOn
-			}
-			return nil
-		}
-		go func() { done <- a.renew(false) }()
-		<-atRename
-		pb := medium.process()
-		db := &hookDisk{disk: pb}
+		resume := journalAtRename(t, medium)
+		d := medium.process()
 		creates := 0
-		db.hook = func(op, path string) error {
+		d.hook = func(op, path string) error {
 			if op != "create" {
 				return nil
 			}
 			if creates++; creates == 2 { // it has read all
-				close(goOn)
-				if err := <-done; err != nil {
-					t.Error("a:", err)
-				}
+				resume()
 			}
 			if strings.HasSuffix(path, ".tmp") {
 				if how == "dies" {
-					pb.die()
+					d.die()
 				}
-				return &fs.PathError{Op: op, Path: path, Err: errDisk}
+				return diskFails(op, path)
 			}
 			return nil
 		}
-		if _, err := openJournal(db, "journal", 0); err == nil {
+		if _, err := openJournal(d, "journal", 0); err == nil {
 			t.Errorf("%s: it opened without a copy", how)
 		}
 		c := openOn(t, medium.process(), 0)
@@ -7013,21 +6941,17 @@ func TestRow17PlaceOfACopy(t *testing.T) {
 // After a failed fsync, Close writes once more what is done before it syncs.
 func TestRow07CloseAfterFailedFsync(t *testing.T) {
 	medium := newDisk()
-	p := medium.process()
-	d := &hookDisk{disk: p}
+	d := medium.process()
 	j := openOn(t, d, 0)
-	env := journalEvent("evt_1", 0, 0)
-	if _, err := j.Claim(t.Context(), env); err != nil {
-		t.Fatal(err)
-	}
+	env := journalClaimed(t, j, "evt_1")
 	if err := j.Done(t.Context(), env, nil); err != nil {
 		t.Fatal(err)
 	}
-	p.fault = diskFault{from: p.ops + 1, span: 1 << 30, only: "sync"}
+	d.fault = diskFault{from: d.ops + 1, span: 1 << 30, only: "sync"}
 	if _, err := j.Claim(t.Context(), journalEvent("evt_2", 0, 0)); err == nil {
 		t.Error("acknowledged although the fsync failed")
 	}
-	p.heal()
+	d.heal()
 	if err := j.Close(); err != nil {
 		t.Error(err)
 	}
@@ -7041,51 +6965,41 @@ func TestRow07CloseAfterFailedFsync(t *testing.T) {
 // The same where the directory cannot be synced.
 func TestRow07FailedDirectorySyncsLeaveNothing(t *testing.T) {
 	medium := newDisk()
-	d := &hookDisk{disk: medium.process()}
+	d := medium.process()
 	j := openOn(t, d, 0)
 	bad := false
-	d.hook = func(op, path string) error {
-		if op == "sync" && !bad {
-			bad = true
-			return &fs.PathError{Op: op, Path: path, Err: errDisk}
-		}
-		if op == "syncdir" {
-			return &fs.PathError{Op: op, Path: path, Err: errDisk}
-		}
-		return nil
-	}
+	d.failWhere(func(op, _ string) bool {
+		first := op == "sync" && !bad
+		bad = bad || first
+		return first || op == "syncdir"
+	})
 	for i := range 500 {
 		if _, err := j.Claim(t.Context(), journalEvent(fmt.Sprint(i), 0, 0)); err == nil {
 			t.Error("acknowledged although the fsync failed")
 		}
 	}
-	open := 0
-	for _, n := range d.held {
-		open += n
-	}
-	if open > 4 || len(medium.names) > 4 {
+	if open := d.handles(); open > 4 || len(medium.names) > 4 {
 		t.Errorf("after 500 refused claims %d files are open, %d on disk", open, len(medium.names))
 	}
 }
 
 // readdirDisk lists as readdir may: a name that is made, or renamed over, while it lists need not be seen (btrfs).
 type readdirDisk struct {
-	*hookDisk
-	m      *diskMedium
+	*diskProcess
 	during func(n int)
 	n      int
 }
 
-func (d *readdirDisk) list(dir string) (names []string, err error) {
-	d.m.mu.Lock()
-	before := maps.Clone(d.m.names)
-	d.m.mu.Unlock()
+func (d *readdirDisk) list(string) (names []string, err error) {
+	d.mu.Lock()
+	before := maps.Clone(d.names)
+	d.mu.Unlock()
 	d.n++
 	d.during(d.n)
-	d.m.mu.Lock()
-	defer d.m.mu.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for path, node := range before {
-		if d.m.names[path] == node {
+		if d.names[path] == node {
 			names = append(names, filepath.Base(path))
 		}
 	}
@@ -7095,31 +7009,14 @@ func (d *readdirDisk) list(dir string) (names []string, err error) {
 // The copy gets its name while an opener lists the directory.
 func TestRow17ListingMissesTheCopy(t *testing.T) {
 	medium := newDisk()
-	da := &hookDisk{disk: medium.process()}
-	a := openOn(t, da, 0)
-	if _, err := a.Claim(t.Context(), journalEvent("evt_a", 0, 0)); err != nil {
-		t.Fatal(err)
-	}
-	atRename, goOn, done := make(chan bool), make(chan bool), make(chan error, 1)
-	da.hook = func(op, path string) error {
-		if op == "rename" {
-			close(atRename)
-			<-goOn
-		}
-		return nil
-	}
-	go func() { done <- a.renew(false) }()
-	<-atRename
-	db := &readdirDisk{hookDisk: &hookDisk{disk: medium.process()}, m: medium}
-	db.during = func(n int) {
+	resume := journalAtRename(t, medium)
+	d := &readdirDisk{diskProcess: medium.process()}
+	d.during = func(n int) {
 		if n == 2 { // load lists
-			close(goOn)
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
+			resume()
 		}
 	}
-	b := openOn(t, db, 0)
+	b := openOn(t, d, 0)
 	if ids := journalPending(t, b); !slices.Equal(ids, []string{"evt_a"}) {
 		t.Error("acknowledged evt_a; kept ", ids, diskNames(medium))
 	}
