@@ -206,7 +206,7 @@ type Journal struct {
 	commits    sync.Mutex // held during the fsync of a group; locked before mu
 	compaction sync.WaitGroup
 
-	mu         sync.Mutex // protects what follows; held during no fsync of a file
+	mu         sync.Mutex // protects what follows; held during no fsync of a file but at Close
 	closed     error      // set for good when the journal is closed, or another's
 	files      []*logFile // by number; the last is the one to write to
 	buf        []byte     // records to be written to it
@@ -243,9 +243,8 @@ type claim struct {
 	ended  bool
 }
 
-// group is a number of claims that share one fsync.
+// group is a number of claims, at least one, that share a file and its next fsync.
 type group struct {
-	file   *logFile
 	claims []*claim
 	synced chan struct{} // closed when err is set
 	err    error
@@ -348,7 +347,7 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	fresh = c == nil
 	leads := fresh && j.group == nil
 	if leads {
-		j.group = &group{file: j.last(), synced: make(chan struct{})}
+		j.group = &group{synced: make(chan struct{})}
 	}
 	if fresh {
 		start := len(j.buf)
@@ -483,19 +482,20 @@ func (j *Journal) commit(g *group) {
 	if g.err != nil {
 		return
 	}
-	err := cmp.Or(j.closed, g.file.bad)
+	file := g.claims[0].file
+	err := cmp.Or(j.closed, file.bad)
 	if err == nil {
 		j.mu.Unlock()
-		err = g.file.Sync()
+		err = file.Sync()
 		j.mu.Lock()
-		if err != nil {
+		if err == nil {
+			err = j.owns()
+		} else {
 			err = named(err)
-			g.file.bad = err
-			if g.file == j.last() {
+			file.bad = err
+			if file == j.last() {
 				j.refuse(err)
 			}
-		} else {
-			err = j.owns()
 		}
 	}
 	j.settle(g, err)
