@@ -51,7 +51,7 @@ func Handler(cb Callbacks, opts ...Option) *Receiver {
 	r := &Receiver{
 		cb: cb, store: new(Memory), concurrency: 32, backlog: 1024, attempts: 8, backoff: time.Second, maxBody: 1 << 20,
 		observe: logProblems, drained: make(chan struct{}), swept: make(chan struct{}), wake: make(chan struct{}, 1),
-		tasks: make(map[string]*task), tails: make(map[string]*task),
+		tasks: make(map[string]*task), claims: make(map[string]*task), tails: make(map[string]*task),
 	}
 	for _, opt := range opts {
 		opt.apply(r)
@@ -104,6 +104,7 @@ type Receiver struct {
 	mu      sync.Mutex // protects what follows, and every task
 	closed  bool
 	tasks   map[string]*task // by event id: those being decided and those in memory
+	claims  map[string]*task // by case id: the last task of each case that is being decided, with an inbox
 	tails   map[string]*task // by case id: the last task of each case that has any; the first leads to it by next
 	ready   []*task          // those whose turn it is, in order
 	running int              // goroutines that run tasks: at most concurrency
@@ -465,9 +466,12 @@ func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte) (f
 // shares the outcome, whichever it is: none is answered before the claim is held (promise 3).
 func (r *Receiver) accept(t *task) (fresh bool, err error) {
 	r.mu.Lock()
-	first, closed := r.tasks[t.env.EventID], r.closed
+	first, before, closed := r.tasks[t.env.EventID], (*task)(nil), r.closed
 	if first == nil && !closed {
 		r.tasks[t.env.EventID] = t
+		if r.inbox != nil && t.caseID != "" {
+			before, r.claims[t.caseID] = r.claims[t.caseID], t
+		}
 	}
 	r.mu.Unlock()
 	switch {
@@ -485,12 +489,18 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 			delete(r.tasks, t.env.EventID)
 			r.checkDrained()
 		}
+		if r.claims[t.caseID] == t {
+			delete(r.claims, t.caseID)
+		}
 		t.err = err
 		close(t.decided)
 	}()
 	ctx, cancel := r.storeContext(t.ctx)
 	defer cancel()
 	fresh, err = r.store.Claim(ctx, &t.env)
+	if before != nil {
+		<-before.decided // a replica that shares the inbox may have acknowledged it already
+	}
 	if err != nil {
 		err = r.storeFailed(t, "claim", err)
 		if r.inbox != nil {

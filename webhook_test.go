@@ -6880,6 +6880,50 @@ func TestInboxEventFromAnotherIsNotOvertaken(t *testing.T) {
 	})
 }
 
+// Another replica answers a duplicate of evt_0 before this one knows that the event is its own, so a later event of the
+// case is delivered here meanwhile; between them comes one that is known to be no new one at once.
+func TestInboxClaimIsNotOvertaken(t *testing.T) {
+	for name, claim := range map[string]error{"succeeds": nil, "fails": errors.New("the server is away")} {
+		inBubble(t, name, func(t *testing.T) {
+			answer := make(chan error)
+			in := &fakeInbox{onClaim: func(_ context.Context, env *Envelope) error {
+				if env.EventID == "evt_0" {
+					return <-answer
+				}
+				return nil
+			}}
+			in.handled = map[string]bool{"evt_old": true}
+			r := newRig(t, nil, WithInbox(in))
+			synctest.Wait() // it has caught up
+			first := r.deliverAsync("evt_0", "case_1")
+			synctest.Wait()
+			old := r.deliverAsync("evt_old", "case_1")
+			synctest.Wait()
+			second := r.deliverAsync("evt_1", "case_1")
+			r.deliver(t, "evt_other", "case_2")
+			r.deliver(t, "evt_alone", "")
+			synctest.Wait()
+			expectList(t, "callbacks before the claim is decided", slices.Sorted(slices.Values(r.called())), "evt_alone", "evt_other")
+			answer <- claim
+			if d := <-first; d.err != nil != (claim != nil) {
+				t.Errorf("evt_0: %+v", d)
+			}
+			if d := <-old; d.fresh || d.err != nil {
+				t.Errorf("evt_old: %+v", d)
+			}
+			if d := <-second; !d.fresh || d.err != nil {
+				t.Errorf("evt_1: %+v", d)
+			}
+			synctest.Wait()
+			want := []string{"evt_0", "evt_1"}
+			if claim != nil {
+				want = want[1:]
+			}
+			expectList(t, "callbacks after that", r.called()[2:], want...)
+		})
+	}
+}
+
 // As on Windows: an open file can be neither renamed nor removed.
 func TestRow09OpenFilesStay(t *testing.T) {
 	medium := newDisk()
