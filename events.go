@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"iter"
 	"strconv"
 	"strings"
 	"time"
@@ -160,30 +159,25 @@ func decode[T any](env *Envelope) (*T, error) {
 
 // caseID returns the caseId of the event's data, "" where there is none. As in encoding/json, the last one counts.
 func (env *Envelope) caseID() (id string) {
-	for name, value := range members(env.Data) {
+	scan(env.Data, 0, 1, func(name, value []byte) {
 		if string(name) == "caseId" {
 			id = text(value)
 		}
-	}
+	})
 	return id
 }
 
-// parse fills env from body. It looks for the few members by hand, because decoding into a struct would read the body
-// twice more, data three times.
+// parse fills env from body, in one pass: encoding/json would take three.
 func (env *Envelope) parse(body []byte) error {
 	*env = Envelope{Raw: body}
-	object := bytes.TrimLeft(body, " \t\r\n")
-	if len(object) == 0 || object[0] != '{' || !json.Valid(object) {
-		return fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
-	}
+	var id []byte
 	ids := 0
-	for name, value := range members(object) {
+	start := skipSpace(body, 0)
+	end := scan(body, start, 1, func(name, value []byte) {
 		switch string(name) {
 		case "event_id":
 			ids++
-			if env.EventID = text(value); !usableID(env.EventID) || !utf8.Valid(value) || halfPair(value, env.EventID) {
-				return fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
-			}
+			id, env.EventID = value, text(value)
 		case "event_type":
 			env.EventType = EventType(text(value))
 		case "timestamp":
@@ -195,9 +189,14 @@ func (env *Envelope) parse(body []byte) error {
 		case "data":
 			env.Data = value
 		}
-	}
-	if ids != 1 {
+	})
+	switch {
+	case end < 0 || at(body, start) != '{' || skipSpace(body, end) < len(body):
+		return fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
+	case ids != 1:
 		return fmt.Errorf("%w: event_id %s", ErrMalformed, []string{"is missing", "", "occurs twice"}[min(ids, 2)])
+	case !usableID(env.EventID) || !utf8.Valid(id) || halfPair(id, env.EventID):
+		return fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
 	}
 	return nil
 }
@@ -211,30 +210,11 @@ func usableID(id string) bool {
 // encoding/json reads each of them as U+FFFD, which would make one id of two.
 func halfPair(value []byte, id string) bool {
 	n := strings.Count(id, "\uFFFD")
-	spelled := bytes.ToLower(bytes.ReplaceAll(value, []byte(`\\`), nil)) // without escaped backslashes
-	return n > 0 && n != bytes.Count(spelled, []byte(`\ufffd`))+bytes.Count(spelled, []byte("\uFFFD"))
-}
-
-// members yields the names and values of the members of a JSON object. It trusts that this is valid JSON; if not, what
-// it yields makes no sense, and nothing worse.
-func members(object []byte) iter.Seq2[[]byte, []byte] {
-	return func(yield func(name, value []byte) bool) {
-		if len(object) == 0 || object[0] != '{' {
-			return
-		}
-		for i := skipSpace(object, 1); i < len(object) && object[i] == '"'; {
-			end := skipValue(object, i)
-			name := object[i+1 : max(end-1, i+1)]
-			if bytes.IndexByte(name, '\\') >= 0 {
-				name = []byte(text(object[i:end]))
-			}
-			start := skipSpace(object, skipSpace(object, end)+1)
-			if end = skipValue(object, start); start > end || !yield(name, object[start:end:end]) {
-				return
-			}
-			i = skipSpace(object, skipSpace(object, end)+1)
-		}
+	if n == 0 {
+		return false
 	}
+	spelled := bytes.ToLower(bytes.ReplaceAll(value, []byte(`\\`), nil)) // without escaped backslashes
+	return n != bytes.Count(spelled, []byte(`\ufffd`))+bytes.Count(spelled, []byte("\uFFFD"))
 }
 
 // text returns what a JSON string spells, "" if value is none.
@@ -252,34 +232,81 @@ func text(value []byte) string {
 	return string(value[1 : len(value)-1])
 }
 
-// skipValue returns the index behind the value that starts at b[i]. In valid JSON, strings and brackets tell.
-func skipValue(b []byte, i int) int {
-	for depth := 0; i < len(b); {
+// scan returns the index behind the JSON value that starts at b[i], or -1 if none does or it is nested too deep; depth
+// is how deep it lies itself. If it is an object, member is called with each of its members as they are met.
+func scan(b []byte, i, depth int, member func(name, value []byte)) int {
+	open := at(b, i)
+	switch open {
+	case '"':
+		return scanString(b, i)
+	case '{', '[':
+	default: // a number, true, false, or null
+		end := i
+		for strings.IndexByte(",]} \t\r\n\x00", at(b, end)) < 0 {
+			end++
+		}
+		if !json.Valid(b[i:end]) {
+			return -1
+		}
+		return end
+	}
+	if i = skipSpace(b, i+1); at(b, i) == open+2 { // ] comes two after [, and } after {
+		return i + 1
+	}
+	for depth <= 10_000 {
+		var name []byte
+		if open == '{' {
+			end := scanString(b, i)
+			if end < 0 {
+				return -1
+			}
+			if name = b[i+1 : end-1]; member != nil && bytes.IndexByte(name, '\\') >= 0 {
+				name = []byte(text(b[i:end]))
+			}
+			if i = skipSpace(b, end); at(b, i) != ':' {
+				return -1
+			}
+			i = skipSpace(b, i+1)
+		}
+		end := scan(b, i, depth+1, nil)
+		if end < 0 {
+			return -1
+		}
+		if open == '{' && member != nil {
+			member(name, b[i:end:end])
+		}
+		if i = skipSpace(b, end); at(b, i) == open+2 {
+			return i + 1
+		}
+		if at(b, i) != ',' {
+			return -1
+		}
+		i = skipSpace(b, i+1)
+	}
+	return -1
+}
+
+// scanString returns the index behind the JSON string that starts at b[i], or -1 if none does.
+func scanString(b []byte, i int) int {
+	if at(b, i) != '"' {
+		return -1
+	}
+	for i++; i < len(b) && b[i] >= ' '; i++ {
 		switch b[i] {
 		case '"':
-			for i++; i < len(b) && b[i] != '"'; i++ {
-				if b[i] == '\\' {
-					i++
+			return i + 1
+		case '\\':
+			if i++; at(b, i) != 'u' && strings.IndexByte(`"\/bfnrt`, at(b, i)) < 0 {
+				return -1
+			}
+			for end := i + 4; i < end && b[end-4] == 'u'; {
+				if i++; strings.IndexByte("0123456789abcdefABCDEF", at(b, i)) < 0 {
+					return -1
 				}
 			}
-			i++
-		case '{', '[':
-			depth++
-			i++
-		case '}', ']':
-			depth--
-			i++
-		default:
-			i++
-			for depth == 0 && i < len(b) && strings.IndexByte(",]} \t\r\n", b[i]) < 0 {
-				i++
-			}
-		}
-		if depth <= 0 {
-			return min(i, len(b))
 		}
 	}
-	return len(b)
+	return -1
 }
 
 func skipSpace(b []byte, i int) int {
@@ -287,4 +314,12 @@ func skipSpace(b []byte, i int) int {
 		i++
 	}
 	return i
+}
+
+// at returns b[i], and behind the end 0, which is no part of any JSON.
+func at(b []byte, i int) byte {
+	if i < len(b) {
+		return b[i]
+	}
+	return 0
 }
