@@ -37,6 +37,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -636,6 +637,7 @@ func (r *Receiver) makeReady(t *task) {
 
 // work runs what is ready.
 func (r *Receiver) work() {
+	growStack()
 	idle := false
 	defer func() {
 		if !idle { // a callback has called runtime.Goexit
@@ -664,6 +666,14 @@ func (r *Receiver) work() {
 			r.run(t)
 		}
 	}
+}
+
+// growStack makes room on the stack for the decoding of a payload at once, which would otherwise copy it several times.
+//
+//go:noinline
+func growStack() {
+	var room [12 << 10]byte
+	runtime.KeepAlive(&room)
 }
 
 // run makes one attempt at t.
