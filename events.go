@@ -236,11 +236,10 @@ func text(value []byte) string {
 // is how deep it lies itself. If it is an object, member is called with each of its members as they are met.
 func scan(b []byte, i, depth int, member func(name, value []byte)) int {
 	open := at(b, i)
-	switch open {
-	case '"':
+	switch {
+	case open == '"':
 		return scanString(b, i)
-	case '{', '[':
-	default: // a number, true, false, or null
+	case open != '{' && open != '[': // a number, true, false, or null
 		end := i
 		for strings.IndexByte(",]} \t\r\n\x00", at(b, end)) < 0 {
 			end++
@@ -249,11 +248,13 @@ func scan(b []byte, i, depth int, member func(name, value []byte)) int {
 			return -1
 		}
 		return end
+	case depth > 10_000:
+		return -1
 	}
 	if i = skipSpace(b, i+1); at(b, i) == open+2 { // ] comes two after [, and } after {
 		return i + 1
 	}
-	for depth <= 10_000 {
+	for {
 		var name []byte
 		if open == '{' {
 			end := scanString(b, i)
@@ -283,7 +284,6 @@ func scan(b []byte, i, depth int, member func(name, value []byte)) int {
 		}
 		i = skipSpace(b, i+1)
 	}
-	return -1
 }
 
 // scanString returns the index behind the JSON string that starts at b[i], or -1 if none does.
