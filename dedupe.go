@@ -904,7 +904,7 @@ func parseRecord(line []byte) (rec record) {
 	}
 	end := len(line) - 1
 	if checksum(line[9:end]) != [9]byte(line) {
-		end = 9 + scan(line[9:], 0, 0, nil) // a damaged line break costs no record
+		end = 9 + scan(line[9:], 0, nesting+1, nil) // a damaged line break costs no record
 		if end < 9 || checksum(line[9:end]) != [9]byte(line) {
 			return record{}
 		}
@@ -912,7 +912,7 @@ func parseRecord(line []byte) (rec record) {
 	rec.size, rec.line = min(end+1, len(line)), line[:end]
 	head, event, _ := bytes.Cut(line[9:end], []byte(`,"event":`)) // in a string the quotes would be escaped
 	rec.event = bytes.TrimSuffix(event, []byte("}"))
-	scan(head, 0, 0, func(name, value []byte) {
+	scan(head, 0, nesting, func(name, value []byte) {
 		switch string(name) {
 		case "id", "done":
 			rec.kind, rec.ids = string(name), []digest{digestOf(text(value))}

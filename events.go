@@ -159,7 +159,7 @@ func decode[T any](env *Envelope) (*T, error) {
 
 // caseID returns the caseId of the event's data, "" where there is none. As in encoding/json, the last one counts.
 func (env *Envelope) caseID() (id string) {
-	scan(env.Data, 0, 1, func(name, value []byte) {
+	scan(env.Data, 0, nesting, func(name, value []byte) {
 		if string(name) == "caseId" {
 			id = text(value)
 		}
@@ -173,7 +173,7 @@ func (env *Envelope) parse(body []byte) error {
 	var id []byte
 	ids := 0
 	start := skipSpace(body, 0)
-	end := scan(body, start, 1, func(name, value []byte) {
+	end := scan(body, start, nesting, func(name, value []byte) {
 		switch string(name) {
 		case "event_id":
 			ids++
@@ -222,62 +222,81 @@ func text(value []byte) string {
 	if len(value) < 2 || value[0] != '"' {
 		return ""
 	}
-	for _, c := range value {
-		if c == '\\' || c >= utf8.RuneSelf {
-			var s string
-			_ = json.Unmarshal(value, &s)
-			return s
-		}
-	}
-	return string(value[1 : len(value)-1])
+	return string(unquote(value))
 }
 
-// scan returns the index behind the JSON value that starts at b[i], or -1 if none does or it is nested too deep; depth
-// is how deep it lies itself. If it is an object, member is called with each of its members as they are met.
-func scan(b []byte, i, depth int, member func(name, value []byte)) int {
-	open := at(b, i)
-	switch {
-	case open == '"':
-		return scanString(b, i)
-	case open != '{' && open != '[': // a number, true, false, or null
-		end := i
-		for strings.IndexByte(",]} \t\r\n\x00", at(b, end)) < 0 {
-			end++
+// unquote returns what a JSON string spells.
+func unquote(quoted []byte) []byte {
+	for _, c := range quoted {
+		if c == '\\' || c >= utf8.RuneSelf {
+			var s string
+			_ = json.Unmarshal(quoted, &s)
+			return []byte(s)
 		}
-		if !json.Valid(b[i:end]) {
-			return -1
-		}
-		return end
-	case depth > 10_000:
-		return -1
 	}
-	if i = skipSpace(b, i+1); at(b, i) == open+2 { // ] comes two after [, and } after {
-		return i + 1
-	}
+	return quoted[1 : len(quoted)-1]
+}
+
+// nesting is how deep a body may be nested: as deep as for encoding/json.
+const nesting = 10_000
+
+// scan returns the index behind the JSON value that starts at b[i], or -1 if none does or it is nested deeper than that.
+// If it is an object, member is called with each of its members as they are met.
+func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
+	var room [64]byte
+	closers := room[:0] // of what is open; with recursion, short bodies would make large stacks
+	var name []byte     // of the outermost object's member that is being read, with its quotes
+	start := i          // of its value
 	for {
-		var name []byte
-		if open == '{' {
+		if n := len(closers); n > 0 && closers[n-1] == '}' {
 			end := scanString(b, i)
-			if end < 0 {
+			colon := skipSpace(b, max(end, i))
+			if end < 0 || at(b, colon) != ':' {
 				return -1
 			}
-			if name = b[i+1 : end-1]; member != nil && bytes.IndexByte(name, '\\') >= 0 {
-				name = []byte(text(b[i:end]))
+			if n == 1 {
+				name = b[i:end]
 			}
-			if i = skipSpace(b, end); at(b, i) != ':' {
+			i = skipSpace(b, colon+1)
+		}
+		if len(closers) == 1 {
+			start = i
+		}
+		switch first := at(b, i); first {
+		case '"':
+			i = scanString(b, i)
+		case '{', '[':
+			inside := skipSpace(b, i+1)
+			if len(closers) == deepest {
 				return -1
 			}
-			i = skipSpace(b, i+1)
+			if at(b, inside) != first+2 { // ] comes two after [, and } after {
+				closers, i = append(closers, first+2), inside
+				continue
+			}
+			i = inside + 1
+		default: // a number, true, false, or null
+			end := i
+			for strings.IndexByte(",]} \t\r\n\x00", at(b, end)) < 0 {
+				end++
+			}
+			if !json.Valid(b[i:end]) {
+				return -1
+			}
+			i = end
 		}
-		end := scan(b, i, depth+1, nil)
-		if end < 0 {
-			return -1
-		}
-		if open == '{' && member != nil {
-			member(name, b[i:end:end])
-		}
-		if i = skipSpace(b, end); at(b, i) == open+2 {
-			return i + 1
+		for {
+			n := len(closers)
+			if i < 0 || n == 0 {
+				return i
+			}
+			if n == 1 && name != nil && member != nil {
+				member(unquote(name), b[start:i:i])
+			}
+			if i = skipSpace(b, i); at(b, i) != closers[n-1] {
+				break
+			}
+			closers, i = closers[:n-1], i+1
 		}
 		if at(b, i) != ',' {
 			return -1

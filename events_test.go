@@ -749,6 +749,35 @@ func TestSyntax(t *testing.T) {
 	}
 }
 
+// TestDeepBodyTakesNoStack: a short body must not leave a large stack with the goroutine of each connection.
+func TestDeepBodyTakesNoStack(t *testing.T) {
+	const goroutines = 100
+	for _, deep := range []string{"[", `{"a":`} {
+		body := []byte(strings.Repeat(deep, 10_001))
+		var before, after runtime.MemStats
+		var parsed, ended sync.WaitGroup
+		release := make(chan bool)
+		runtime.ReadMemStats(&before)
+		for range goroutines {
+			parsed.Add(1)
+			ended.Go(func() {
+				if _, err := offloadhook.ParseEnvelope(body); err == nil {
+					t.Error("no error")
+				}
+				parsed.Done()
+				<-release
+			})
+		}
+		parsed.Wait()
+		runtime.ReadMemStats(&after)
+		close(release)
+		ended.Wait()
+		if each := (int64(after.StackInuse) - int64(before.StackInuse)) / goroutines; each > 64<<10 {
+			t.Errorf("a body of %q, over and over: %d bytes of stack for each goroutine", deep, each)
+		}
+	}
+}
+
 // texts yields every text over alphabet of up to length bytes.
 func texts(alphabet string, length int) iter.Seq[string] {
 	return func(yield func(string) bool) {

@@ -490,6 +490,9 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 			delete(r.tasks, t.env.EventID)
 			r.checkDrained()
 		}
+		if err != nil && r.inbox != nil {
+			r.behind, r.missed = true, true // it may be there after all
+		}
 		if r.claims[t.caseID] == t {
 			delete(r.claims, t.caseID)
 		}
@@ -499,8 +502,11 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 	ctx, cancel := r.storeContext(t.ctx)
 	defer cancel()
 	fresh, err = r.store.Claim(ctx, &t.env)
-	if before != nil {
-		<-before.decided // a replica that shares the inbox may have acknowledged it already
+	if before != nil { // a replica that shares the inbox may have acknowledged it already
+		select {
+		case <-before.decided:
+		case <-time.After(storeTimeout): // that claim may be what makes this delivery, and wait for it
+		}
 	}
 	if err != nil {
 		err = r.storeFailed(t, "claim", err)
@@ -597,6 +603,7 @@ func (r *Receiver) place(t *task) error {
 		r.arrivals = append(r.arrivals, t)
 	case !r.closed:
 		r.behind, r.missed = true, true
+		r.checkWake()
 	}
 	return nil
 }
@@ -940,14 +947,14 @@ func (r *Receiver) sweep() {
 	ticker := time.NewTicker(sweepEvery)
 	defer ticker.Stop()
 	for r.alive.Err() == nil {
-		var again <-chan time.Time
+		wake, again := r.wake, (<-chan time.Time)(nil)
 		if !r.readInbox() {
-			again = time.After(storeRest)
+			wake, again = nil, time.After(storeRest)
 		}
 		select {
 		case <-r.alive.Done():
 		case <-ticker.C:
-		case <-r.wake:
+		case <-wake:
 		case <-again:
 		}
 	}
@@ -1019,9 +1026,7 @@ func (r *Receiver) readInbox() (clean bool) {
 	r.short = !whole
 	r.behind = r.missed || !whole || !clean && (r.behind || len(r.arrivals) > 0)
 	r.reading, r.arrivals, r.finished = false, nil, nil
-	if clean {
-		r.checkWake()
-	}
+	r.checkWake()
 	return clean
 }
 
