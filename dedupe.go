@@ -125,67 +125,44 @@ func digestOf(id string) digest {
 // pointer per id for the garbage collector to follow.
 type idSet struct {
 	ids   map[digest]struct{}
-	queue [][]idTime // idBlock to a block, so that a queue that grows holds no room for as much again
-	head  int        // how many of the first block have been dropped
+	queue []idTime // may be read while others are added and dropped
 }
 
 type idTime struct {
 	id digest
-	at int64 // Unix milliseconds
+	at uint32 // Unix seconds, rounded up, so that no id goes early
 }
 
-const idBlock = 1024
-
-func (s *idSet) len() int { return len(s.ids) }
+func (s *idSet) len() int { return len(s.queue) }
 
 func (s *idSet) has(d digest) bool {
 	_, found := s.ids[d]
 	return found
 }
 
-// oldest returns the id to go next.
-func (s *idSet) oldest() idTime { return s.queue[0][s.head] }
-
-// blocks returns the ids that are in the set now. They may be read while others are added.
-func (s *idSet) blocks() [][]idTime {
-	blocks := slices.Clone(s.queue)
-	if len(blocks) > 0 {
-		blocks[0] = blocks[0][s.head:]
-	}
-	return slices.DeleteFunc(blocks, func(block []idTime) bool { return len(block) == 0 })
-}
-
 // add adds d unless it is in the set.
 func (s *idSet) add(d digest, at time.Time) {
+	if s.has(d) {
+		return
+	}
 	if s.ids == nil {
 		s.ids = make(map[digest]struct{})
 	}
-	before := len(s.ids)
-	if s.ids[d] = struct{}{}; len(s.ids) == before {
-		return
-	}
-	last := len(s.queue) - 1
-	if last < 0 || len(s.queue[last]) == idBlock {
-		s.queue = append(s.queue, make([]idTime, 0, idBlock))
-		last++
-	}
-	s.queue[last] = append(s.queue[last], idTime{d, at.UnixMilli()})
+	s.ids[d] = struct{}{}
+	s.queue = append(s.queue, idTime{d, uint32(at.Add(time.Second - 1).Unix())})
 }
 
 // expire drops what was added at or before then.
 func (s *idSet) expire(then time.Time) {
-	for s.len() > 0 && s.oldest().at <= then.UnixMilli() {
+	for s.len() > 0 && int64(s.queue[0].at) <= then.Unix() {
 		s.drop()
 	}
 }
 
 // drop drops the oldest id.
 func (s *idSet) drop() {
-	delete(s.ids, s.oldest().id)
-	if s.head++; s.head == idBlock {
-		s.queue[0] = nil
-		s.queue, s.head = s.queue[1:], 0
-	}
+	delete(s.ids, s.queue[0].id)
+	s.queue = s.queue[1:]
 }
 
 // Journal is the Inbox for one process with a local disk: append-only text files in a directory of its own, a record a
@@ -725,7 +702,7 @@ func (j *Journal) renew(bad bool) (err error) {
 		j.undo(old)
 		return err
 	}
-	place, live, ids, claims := j.files[len(old)], j.last(), j.done.blocks(), slices.Clone(j.order)
+	place, live, ids, claims := j.files[len(old)], j.last(), j.done.queue, slices.Clone(j.order)
 	place.bad, live.bad = nil, was
 	_ = place.Close()
 	j.mu.Unlock()
@@ -805,7 +782,7 @@ func (j *Journal) clear(old []*logFile, gen int) {
 }
 
 // copyTo writes the ids, and those of the claims that are alive, to what is to be dst, and returns where they are.
-func (j *Journal) copyTo(dst *logFile, ids [][]idTime, claims []*claim) (offs []int64, err error) {
+func (j *Journal) copyTo(dst *logFile, ids []idTime, claims []*claim) (offs []int64, err error) {
 	file, err := j.disk.open(j.path(dst.gen)+".tmp", os.O_RDWR|os.O_CREATE|os.O_EXCL)
 	if err != nil {
 		return nil, err
@@ -818,12 +795,12 @@ func (j *Journal) copyTo(dst *logFile, ids [][]idTime, claims []*claim) (offs []
 			buf = buf[:0]
 		}
 	}
-	for _, block := range ids {
+	for block := range slices.Chunk(ids, 1024) {
 		quoted := []byte{'"'}
 		for _, id := range block {
 			quoted = hex.AppendEncode(quoted, id.id[:])
 		}
-		buf = appendRecord(buf, "sha256", append(quoted, '"'), block[len(block)-1].at, nil)
+		buf = appendRecord(buf, "sha256", append(quoted, '"'), int64(block[len(block)-1].at)*1000, nil)
 		flush(1 << 17)
 	}
 	for _, c := range claims {
