@@ -205,7 +205,7 @@ type logFile struct {
 	diskFile
 	gen     int   // its number
 	size    int64 // of whole records
-	bad     error // an fsync has failed, or a torn record could not be cut off: write no more, trust no later fsync
+	bad     error // errNew, or what failed, an fsync or the cutting of a torn record: write nothing, trust no later fsync
 	damaged bool  // it has damaged records
 }
 
@@ -226,6 +226,9 @@ type group struct {
 	synced chan struct{} // closed when err is set
 	err    error
 }
+
+// errNew marks a file that is not in use yet: it is empty, its name may not be durable.
+var errNew = errors.New("offloadhook: journal: the file is new")
 
 const (
 	restAfterGivingUp = 10 * time.Minute
@@ -571,11 +574,12 @@ func (j *Journal) numbers(suffix string) (gens []int, err error) {
 	return gens, err
 }
 
-// create adds a file, which is bad until the directory is synced. mu is held.
-func (j *Journal) create(gen int) error {
+// create adds a file to write to, under an even number: the one before it is that of the copy which it gets. mu is held.
+func (j *Journal) create(newest int) error {
+	gen := newest + 2 + newest%2
 	file, err := j.disk.open(j.path(gen), os.O_RDWR|os.O_CREATE|os.O_EXCL)
 	if err == nil {
-		j.files = append(j.files, &logFile{diskFile: file, gen: gen, bad: errors.New("the directory is not synced")})
+		j.files = append(j.files, &logFile{diskFile: file, gen: gen, bad: errNew})
 	}
 	return err
 }
@@ -587,14 +591,11 @@ func (j *Journal) open() error {
 	for len(j.files) == 0 && err == nil {
 		var gens []int
 		if gens, err = j.numbers(".log"); err == nil {
-			err = j.create(append([]int{0}, gens...)[len(gens)] + 1)
+			err = j.create(append([]int{0}, gens...)[len(gens)])
 		}
 		if errors.Is(err, fs.ErrExist) { // another opener was faster
 			err = nil
 		}
-	}
-	if err == nil {
-		err = j.disk.syncDir(j.dir)
 	}
 	if err != nil {
 		return err
@@ -602,7 +603,7 @@ func (j *Journal) open() error {
 	if err = j.load(); err != nil {
 		return cmp.Or(j.owns(), err)
 	}
-	return j.renew(true) // which also says that the directory is synced
+	return j.renew(true)
 }
 
 // load reads the files before the last.
@@ -686,72 +687,60 @@ func (j *Journal) renew(bad bool) (err error) {
 	defer j.renewal.Unlock()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.closed != nil || bad && j.bad() == nil {
+	sound := j.bad() == nil
+	if j.closed != nil || bad && sound {
 		return j.closed
 	}
 	defer func() { err = named(err) }()
-	was, old, gen := j.bad(), slices.Clone(j.files), j.last().gen+1
-	if err = j.write(); err == nil {
-		j.group = nil       // who leads it will sync its file
-		err = j.create(gen) // the place of the copy, lest an opener takes its number
+	if j.last().bad != errNew { // else a renewal has failed before
+		if err = j.write(); err != nil {
+			return err
+		}
+		j.group = nil // who leads it will sync its file
+		err = j.create(j.last().gen)
 	}
 	if err == nil {
-		err = cmp.Or(j.create(gen+1), j.disk.syncDir(j.dir))
+		err = j.disk.syncDir(j.dir)
 	}
 	if err = cmp.Or(j.owns(), err); err != nil {
-		j.undo(old)
 		return err
 	}
-	place, live, ids, claims := j.files[len(old)], j.last(), j.done.queue, slices.Clone(j.order)
-	place.bad, live.bad = nil, was
-	_ = place.Close()
+	old, live := j.files[:len(j.files)-1], j.last()
+	if sound {
+		live.bad = nil
+	}
+	dst := &logFile{gen: live.gen - 1}
+	path, ids, claims := j.path(dst.gen), j.done.queue, slices.Clone(j.order)
 	j.mu.Unlock()
-	dst := &logFile{gen: gen}
 	offs, err := j.copyTo(dst, ids, claims)
 	j.mu.Lock()
 	if err == nil {
 		err = j.owns()
 	}
 	if err == nil {
-		err = cmp.Or(j.disk.rename(j.path(gen)+".tmp", j.path(gen)), j.disk.syncDir(j.dir))
-	}
-	if err == nil {
-		dst.diskFile, err = j.disk.open(j.path(gen), os.O_RDWR)
+		err = j.disk.rename(path+".tmp", path)
 	}
 	if err != nil {
-		err = cmp.Or(j.owns(), err)
-		_ = j.disk.remove(j.path(gen) + ".tmp")
-		if was != nil {
-			j.undo(old)
-		} else { // live has been written to
-			_ = j.disk.remove(j.path(gen))
-			j.files = append(old, live)
-		}
-		return err
+		_ = j.disk.remove(path + ".tmp")
+		return cmp.Or(j.owns(), err)
+	}
+	if err = j.disk.syncDir(j.dir); err == nil {
+		dst.diskFile, err = j.disk.open(path, os.O_RDWR)
+	}
+	if live.bad == errNew {
+		live.bad = err // lest another copy goes over this one
+	}
+	if err != nil {
+		return cmp.Or(j.owns(), err)
 	}
 	for i, c := range claims {
 		c.file, c.off = dst, offs[i]
 	}
-	if was != nil {
-		live.bad = nil
-	}
 	j.files = []*logFile{dst, live}
 	j.mu.Unlock() // it takes a while to remove a large file
-	j.clear(old, gen)
+	j.clear(old, dst.gen)
 	j.mu.Lock()
 	return nil
-}
-
-// undo takes back the files that were made after old, and to which nothing was written. mu is held.
-func (j *Journal) undo(old []*logFile) {
-	made := j.files[len(old):]
-	j.files = old
-	for _, file := range made { // the highest number last: until then nobody can get one of these
-		_ = file.Close()
-		if file.bad = j.disk.remove(j.path(file.gen)); file.bad != nil {
-			j.files = append(j.files, file)
-		}
-	}
 }
 
 // clear removes the files before number gen, which is a copy of what is alive, and keeps the damaged ones of old aside.
@@ -783,6 +772,7 @@ func (j *Journal) clear(old []*logFile, gen int) {
 
 // copyTo writes the ids, and those of the claims that are alive, to what is to be dst, and returns where they are.
 func (j *Journal) copyTo(dst *logFile, ids []idTime, claims []*claim) (offs []int64, err error) {
+	_ = j.disk.remove(j.path(dst.gen) + ".tmp") // of an earlier try
 	file, err := j.disk.open(j.path(dst.gen)+".tmp", os.O_RDWR|os.O_CREATE|os.O_EXCL)
 	if err != nil {
 		return nil, err
