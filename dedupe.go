@@ -609,48 +609,57 @@ func (j *Journal) open() error {
 // load reads the files before the last.
 func (j *Journal) load() error {
 	gens, err := j.numbers(".log")
-	oldest := time.Now().Add(-j.retention)
 	for _, gen := range gens {
 		if err != nil || gen >= j.last().gen {
 			break
 		}
 		file := &logFile{gen: gen}
-		if file.diskFile, err = j.disk.open(j.path(gen), os.O_RDWR); err != nil {
-			break
-		}
-		j.files = slices.Insert(j.files, len(j.files)-1, file)
-		for rec, readErr := range records(file) {
-			file.size += int64(rec.size)
-			at := time.UnixMilli(rec.at)
-			switch err = readErr; rec.kind {
-			case "id":
-				if c := j.claims[rec.ids[0]]; c != nil {
-					j.end(c) // this is its copy, or it was refused and has been claimed again
-				}
-				j.add(&claim{id: rec.ids[0], file: file, off: rec.off, size: rec.size})
-			case "done", "sha256":
-				for _, id := range rec.ids {
-					if c := j.claims[id]; c != nil {
-						j.end(c)
-					}
-					if at.After(oldest) {
-						j.done.add(id, at)
-					}
-				}
-			case "":
-				if err == nil {
-					j.reports = append(j.reports, j.damageAt(file, rec.off))
-				}
-			}
+		if file.diskFile, err = j.disk.open(j.path(gen), os.O_RDWR); err == nil {
+			j.files = slices.Insert(j.files, len(j.files)-1, file)
+			err = j.replay(file)
 		}
 	}
 	again, listErr := j.numbers(".log")
-	if err = cmp.Or(err, listErr); err == nil && slices.ContainsFunc(again, func(gen int) bool {
-		return gen < j.last().gen && !slices.Contains(gens, gen)
-	}) {
+	if err = cmp.Or(err, listErr); err == nil && !slices.Equal(again, gens) {
 		err = fs.ErrNotExist // what gets its name while a directory is listed need not be seen
 	}
 	return err
+}
+
+// replay reads a file. The last word on an id counts. If the file ends within a record, that was never acknowledged.
+func (j *Journal) replay(file *logFile) error {
+	in := bufio.NewReaderSize(io.NewSectionReader(file, 0, math.MaxInt64), 1<<16)
+	for {
+		line, err := in.ReadBytes('\n')
+		if err != nil && err != io.EOF {
+			return err
+		}
+		for len(line) > 0 {
+			rec := parseRecord(line)
+			if rec.kind == "" && err == io.EOF {
+				return nil
+			}
+			if rec.kind == "" {
+				j.reports = append(j.reports, j.damageAt(file, file.size))
+			}
+			at := time.UnixMilli(rec.at)
+			for _, id := range rec.ids {
+				if c := j.claims[id]; c != nil {
+					j.end(c)
+				}
+				if rec.kind == "id" {
+					j.add(&claim{id: id, file: file, off: file.size, size: rec.size})
+				} else if time.Since(at) < j.retention {
+					j.done.add(id, at)
+				}
+			}
+			file.size += int64(rec.size)
+			line = line[rec.size:]
+		}
+		if err == io.EOF {
+			return nil
+		}
+	}
 }
 
 // garbage reports whether there is so much that a compaction is worth its while. mu is held.
@@ -823,8 +832,7 @@ func (j *Journal) copyTo(dst *logFile, ids []idTime, claims []*claim) (offs []in
 
 // record is a line of the journal.
 type record struct {
-	off   int64
-	size  int
+	size  int    // up to the next one
 	line  []byte // without its line break
 	kind  string // the name of the first member of its JSON; "" if it is damaged
 	ids   []digest
@@ -866,14 +874,15 @@ func appendRecord(buf []byte, kind string, quoted []byte, at int64, event []byte
 
 // parseRecord reads the record at the start of line, which ends where a line or the file does.
 func parseRecord(line []byte) (rec record) {
+	rec.size = len(line)
 	if len(line) < 10 {
-		return record{}
+		return rec
 	}
 	end := len(line) - 1
 	if checksum(line[9:end]) != [9]byte(line) {
 		end = 9 + scan(line[9:], 0, nesting+1, nil) // a damaged line break costs no record
 		if end < 9 || checksum(line[9:end]) != [9]byte(line) {
-			return record{}
+			return rec
 		}
 	}
 	rec.size, rec.line = min(end+1, len(line)), line[:end]
@@ -898,36 +907,6 @@ func parseRecord(line []byte) (rec record) {
 		}
 	})
 	return rec
-}
-
-// records yields the records of a file. Where a line is none it yields one without a kind; if the file ends within it,
-// it was never acknowledged and is passed over.
-func records(file io.ReaderAt) iter.Seq2[record, error] {
-	return func(yield func(record, error) bool) {
-		in := bufio.NewReaderSize(io.NewSectionReader(file, 0, math.MaxInt64), 1<<16)
-		for off, err := int64(0), error(nil); err == nil; {
-			var line []byte
-			line, err = in.ReadBytes('\n')
-			if err != nil && err != io.EOF {
-				yield(record{}, err)
-				return
-			}
-			for len(line) > 0 {
-				rec := parseRecord(line)
-				if rec.kind == "" && err == io.EOF {
-					return
-				}
-				if rec.off = off; rec.kind == "" {
-					rec.size = len(line)
-				}
-				if !yield(rec, nil) {
-					return
-				}
-				off += int64(rec.size)
-				line = line[rec.size:]
-			}
-		}
-	}
 }
 
 // disk is what the journal needs of a file system. Tests put others in its place.
