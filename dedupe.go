@@ -331,7 +331,7 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	}
 	if fresh {
 		start := len(j.buf)
-		j.buf = appendRecord(j.buf, "id", quote(env.EventID), now.UnixMilli(), env.Raw)
+		j.buf = appendRecord(j.buf, "id", env.EventID, now.UnixMilli(), env.Raw)
 		c = &claim{id: d, group: j.group, file: j.last(), off: j.last().size + int64(start), size: len(j.buf) - start}
 		j.add(c)
 		j.group.claims = append(j.group.claims, c)
@@ -359,7 +359,7 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 		c.gaveUp = now.UnixMilli()
 		return nil
 	}
-	j.buf = appendRecord(j.buf, "done", quote(env.EventID), now.UnixMilli(), nil)
+	j.buf = appendRecord(j.buf, "done", env.EventID, now.UnixMilli(), nil)
 	if err := j.write(); err != nil {
 		return err
 	}
@@ -397,14 +397,7 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 			rested := time.Since(time.UnixMilli(c.gaveUp)) >= restAfterGivingUp
 			if !stop && !c.ended && c.group == nil && (all || rested) {
 				c.gaveUp = 0
-				var rec record
-				if rec, err = j.read(c); err == nil {
-					env, err = ParseEnvelope(rec.event)
-				}
-				if errors.Is(err, ErrMalformed) && !c.ended { // it is no event, and would stop the reading each time
-					c.file.damaged = true
-					j.end(c)
-				}
+				_, env, err = j.read(c)
 			}
 			j.mu.Unlock()
 			if (env != nil || err != nil) && !yield(env, err) || stop {
@@ -431,17 +424,19 @@ func (j *Journal) end(c *claim) {
 	}
 }
 
-// read reads the record of c, which is durable. If it is damaged, c is lost: it ends, and the error tells. mu is held.
-func (j *Journal) read(c *claim) (record, error) {
-	line := make([]byte, c.size)
+// read reads the line of c, which is durable, and its event. If it is damaged, or holds none, c is lost: it ends, and the
+// error tells. mu is held.
+func (j *Journal) read(c *claim) (line []byte, env *Envelope, err error) {
+	line = make([]byte, c.size)
 	if _, err := c.file.ReadAt(line, c.off); err != nil && err != io.EOF {
-		return record{}, named(err)
+		return nil, nil, named(err)
 	}
-	if rec := parseRecord(line); rec.size == c.size && rec.kind == "id" {
-		return rec, nil
+	rec := parseRecord(line)
+	if env, err = ParseEnvelope(rec.event); err == nil && rec.size == c.size && rec.kind == "id" {
+		return append(rec.line, '\n'), env, nil
 	}
 	j.end(c)
-	return record{}, j.damageAt(c.file, c.off)
+	return nil, nil, j.damageAt(c.file, c.off)
 }
 
 func (j *Journal) damageAt(file *logFile, off int64) error {
@@ -786,21 +781,18 @@ func (j *Journal) copyTo(dst *logFile, ids []idTime, claims []*claim) (offs []in
 	if err != nil {
 		return nil, err
 	}
-	var buf []byte
-	flush := func(least int) {
-		if err == nil && len(buf) >= least {
-			_, err = file.WriteAt(buf, dst.size)
-			dst.size += int64(len(buf))
-			buf = buf[:0]
-		}
+	out := bufio.NewWriterSize(io.NewOffsetWriter(file, 0), 1<<17)
+	write := func(line []byte) {
+		_, err = out.Write(line)
+		dst.size += int64(len(line))
 	}
 	for block := range slices.Chunk(ids, 1024) {
-		quoted := []byte{'"'}
+		var digests []byte
 		for _, id := range block {
-			quoted = hex.AppendEncode(quoted, id.id[:])
+			digests = append(digests, id.id[:]...)
 		}
-		buf = appendRecord(buf, "sha256", append(quoted, '"'), int64(block[len(block)-1].at)*1000, nil)
-		flush(1 << 17)
+		at := int64(block[len(block)-1].at) * 1000
+		write(appendRecord(nil, "sha256", hex.EncodeToString(digests), at, nil))
 	}
 	for _, c := range claims {
 		j.mu.Lock()
@@ -809,23 +801,22 @@ func (j *Journal) copyTo(dst *logFile, ids []idTime, claims []*claim) (offs []in
 			<-g.synced
 			j.mu.Lock()
 		}
-		offs = append(offs, dst.size+int64(len(buf)))
-		if !c.ended && err == nil {
-			rec, readErr := j.read(c)
-			if buf = append(buf, rec.line...); readErr == nil {
-				buf = append(buf, '\n')
-			} else if c.ended {
-				j.reports = append(j.reports, readErr)
-			} else {
-				err = readErr
-			}
+		offs = append(offs, dst.size)
+		var line []byte
+		if !c.ended {
+			line, _, err = j.read(c)
+		}
+		if c.ended && err != nil {
+			j.reports, err = append(j.reports, err), nil
 		}
 		j.mu.Unlock()
-		flush(1 << 17)
+		if err != nil {
+			break
+		}
+		write(line)
 	}
-	flush(1)
 	if err == nil {
-		err = file.Sync()
+		err = cmp.Or(out.Flush(), file.Sync())
 	}
 	return offs, errors.Join(err, file.Close())
 }
@@ -840,27 +831,16 @@ type record struct {
 	event []byte
 }
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
 // checksum returns what stands before json in a line.
-func checksum(json []byte) (sum [9]byte) {
-	var crc [4]byte
-	binary.BigEndian.PutUint32(crc[:], crc32.Checksum(json, castagnoli))
-	hex.Encode(sum[:], crc[:])
-	sum[8] = ' '
-	return sum
+func checksum(json []byte) [9]byte {
+	crc := crc32.Checksum(json, crc32.MakeTable(crc32.Castagnoli))
+	return [9]byte(append(hex.AppendEncode(nil, binary.BigEndian.AppendUint32(nil, crc)), ' '))
 }
 
-func quote(s string) []byte {
-	quoted, _ := json.Marshal(s)
-	return quoted
-}
-
-func appendRecord(buf []byte, kind string, quoted []byte, at int64, event []byte) []byte {
+func appendRecord(buf []byte, kind, text string, at int64, event []byte) []byte {
 	start := len(buf)
-	buf = append(append(buf, "00000000 {\""...), kind...)
-	buf = append(append(buf, "\":"...), quoted...)
-	buf = strconv.AppendInt(append(buf, `,"at":`...), at, 10)
+	quoted, _ := json.Marshal(text)
+	buf = fmt.Appendf(buf, `00000000 {"%s":%s,"at":%d`, kind, quoted, at)
 	if bytes.IndexByte(event, '\n') >= 0 || len(bytes.TrimSpace(event)) < len(event) {
 		buf = append(base64.StdEncoding.AppendEncode(append(buf, `,"base64":"`...), event), '"')
 	} else if event != nil {
