@@ -179,23 +179,21 @@ type Journal struct {
 	dir       string
 	retention time.Duration
 
-	renewal    sync.Mutex // held by renew; locked before mu
-	commits    sync.Mutex // held during the fsync of a group; locked before mu
-	compaction sync.WaitGroup
+	renewal sync.Mutex // held by renew; locked before mu
+	commits sync.Mutex // held during the fsync of a group; locked before mu
 
-	mu         sync.Mutex // protects what follows; held during no fsync of a file but at Close
-	closed     error      // set for good when the journal is closed, or another's
-	files      []*logFile // by number; the last is the one to write to
-	buf        []byte     // records to be written to it
-	group      *group     // the claims that the next fsync is for
-	claims     map[digest]*claim
-	order      []*claim // the claims, oldest first; also some that have ended
-	live       int64    // bytes of the claims
-	done       idSet
-	started    bool    // Pending has been called
-	reports    []error // for Pending to yield
-	compacting bool    // a compaction is under way
-	slack      int64   // bytes of garbage that are not worth one
+	mu      sync.Mutex // protects what follows; held during no fsync of a file but at Close
+	closed  error      // set for good when the journal is closed, or another's
+	files   []*logFile // by number; the last is the one to write to
+	buf     []byte     // records to be written to it
+	group   *group     // the claims that the next fsync is for
+	claims  map[digest]*claim
+	order   []*claim // the claims, oldest first; also some that have ended
+	live    int64    // bytes of the claims
+	done    idSet
+	started bool    // Pending has been called
+	reports []error // for Pending to yield
+	slack   int64   // bytes of garbage that are not worth one
 }
 
 var _ Inbox = (*Journal)(nil)
@@ -271,8 +269,7 @@ func (j *Journal) Close() (err error) {
 		j.closed = fmt.Errorf("%w: the journal in %s", ErrClosed, j.dir)
 	}
 	j.mu.Unlock()
-	j.compaction.Wait()
-	j.renewal.Lock()
+	j.renewal.Lock() // and so waits for a compaction
 	defer j.renewal.Unlock()
 	j.commits.Lock()
 	defer j.commits.Unlock()
@@ -287,19 +284,21 @@ func (j *Journal) Close() (err error) {
 }
 
 // lock locks mu where the journal can be written to. When an fsync has failed, it first goes on in a new file.
-func (j *Journal) lock() error {
+func (j *Journal) lock() (err error) {
 	j.mu.Lock()
-	for j.closed == nil && j.bad() != nil {
+	for err == nil && j.closed == nil && j.bad() != nil {
 		j.mu.Unlock()
-		if err := j.renew(true); err != nil {
-			return err
-		}
+		j.renewal.Lock()
 		j.mu.Lock()
+		if j.bad() != nil { // else another has renewed it
+			err = j.renew()
+		}
+		j.renewal.Unlock()
 	}
-	if j.closed != nil {
-		defer j.mu.Unlock()
+	if err = cmp.Or(j.closed, err); err != nil {
+		j.mu.Unlock()
 	}
-	return j.closed
+	return err
 }
 
 // Claim returns when the event is durable: written and synced, together with the claims that came meanwhile.
@@ -365,9 +364,8 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	}
 	j.end(c)
 	j.done.add(c.id, now)
-	if !j.compacting && j.garbage() {
-		j.compacting = true
-		j.compaction.Go(j.compact)
+	if j.garbage() && j.renewal.TryLock() {
+		go j.compact()
 	}
 	return nil
 }
@@ -517,8 +515,8 @@ func (j *Journal) settle(g *group, err error) {
 	close(g.synced)
 }
 
-// owns returns an error unless the last file is the newest. Files are made exclusively, under a number that is one higher
-// than any, and go when newer ones have all that is alive. So whoever takes over after this look reads what was synced
+// owns returns an error unless the last file is the newest. Files are made exclusively, under a number that is higher than
+// any, and go when newer ones have all that is alive. So whoever takes over after this look reads what was synced
 // before it. mu is held.
 func (j *Journal) owns() error {
 	if j.closed != nil {
@@ -598,7 +596,10 @@ func (j *Journal) open() error {
 	if err = j.load(); err != nil {
 		return cmp.Or(j.owns(), err)
 	}
-	return j.renew(true)
+	if err = j.lock(); err == nil { // the file is new
+		j.mu.Unlock()
+	}
+	return err
 }
 
 // load reads the files before the last.
@@ -671,30 +672,26 @@ func (j *Journal) size() (total int64) {
 	return total
 }
 
-// compact leaves the garbage behind.
+// compact leaves the garbage behind. renewal is held, until it is done.
 func (j *Journal) compact() {
-	err := j.renew(false)
 	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.compacting, j.slack = false, smallGarbage
-	if err != nil && j.closed == nil {
+	err := j.renew()
+	if j.slack = smallGarbage; err != nil && j.closed == nil {
 		j.slack = j.size() // until the files have doubled
 		j.reports = append(j.reports, err)
 	}
+	j.mu.Unlock()
+	j.renewal.Unlock()
 }
 
 // renew goes on in a new file and copies what is alive to another, which comes before that by its number, so that the
-// order of the files stays that of the events. When the copy is durable, the older files go. After a failed fsync (bad)
-// nothing is written to the new file before that; else claims go on.
-func (j *Journal) renew(bad bool) (err error) {
-	j.renewal.Lock()
-	defer j.renewal.Unlock()
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	sound := j.bad() == nil
-	if j.closed != nil || bad && sound {
+// order of the files stays that of the events. When the copy is durable, the older files go. After a failed fsync
+// nothing is written to the new file before that; else claims go on. renewal and mu are held.
+func (j *Journal) renew() (err error) {
+	if j.closed != nil {
 		return j.closed
 	}
+	sound := j.bad() == nil
 	defer func() { err = named(err) }()
 	if j.last().bad != errNew { // else a renewal has failed before
 		if err = j.write(); err != nil {

@@ -6228,7 +6228,7 @@ func TestRow09TakeoverDuringCompaction(t *testing.T) {
 				defer medium.mu.Unlock()
 				slow.fault = test.fault
 			})
-			go func() { done <- loser.renew(false) }()
+			go func() { done <- journalCompact(loser) }()
 			synctest.Wait()
 			fast.onSync(func() { // it has read the file
 				fast.hook = nil
@@ -6261,7 +6261,7 @@ func TestRow09CompactionFailsThenPowerLoss(t *testing.T) {
 		m.claim(j, journalEvent("evt_1", 0, 0))
 		before := len(d.steps)
 		d.fault = diskFault{from: before + step, span: 1}
-		_ = j.renew(false)
+		_ = journalCompact(j)
 		d.heal()
 		if !m.claim(j, journalEvent("evt_2", 1, 0)) {
 			t.Error("nothing is acknowledged although the disk works again")
@@ -6450,6 +6450,15 @@ func journalClaimed(t testing.TB, j *Journal, id string) *Envelope {
 	return env
 }
 
+// journalCompact compacts j, whether or not there is garbage.
+func journalCompact(j *Journal) error {
+	j.renewal.Lock()
+	defer j.renewal.Unlock()
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.renew()
+}
+
 // journalAtRename returns when an owner with one event, evt_a, is about to give its copy the name. resume lets it.
 func journalAtRename(t testing.TB, medium *diskMedium) (resume func()) {
 	t.Helper()
@@ -6464,7 +6473,7 @@ func journalAtRename(t testing.TB, medium *diskMedium) (resume func()) {
 		}
 		return nil
 	}
-	go func() { done <- a.renew(false) }()
+	go func() { done <- journalCompact(a) }()
 	<-atRename
 	return func() {
 		close(goOn)
@@ -6509,7 +6518,7 @@ func TestRow17OwnerStandsStill(t *testing.T) {
 		}
 		return nil
 	}
-	_ = a.renew(false)
+	_ = journalCompact(a)
 	c := openOn(t, medium.process(), 0)
 	if ids := journalPending(t, c); !slices.Contains(ids, "evt_b") || !slices.Contains(ids, "evt_a") {
 		t.Errorf("acknowledged evt_a, evt_b; kept %q", ids)
@@ -6536,7 +6545,7 @@ func TestRow17OpenerBesideCompaction(t *testing.T) {
 	db.hook = func(op, path string) error {
 		if op == "create" && !created { // it has listed the directory
 			created = true
-			go func() { done <- a.renew(false) }()
+			go func() { done <- journalCompact(a) }()
 			<-atTemp
 		}
 		if op == "sync" && !synced { // it has read the first file
@@ -6651,7 +6660,7 @@ func journalOrphan(t *testing.T, fails func(op, path string) bool) {
 		j := openOn(t, d, time.Hour)
 		env := journalClaimed(t, j, "evt_1")
 		d.failWhere(fails)
-		_ = j.renew(false)
+		_ = journalCompact(j)
 		d.hook = nil
 		if err := j.Done(t.Context(), env, nil); err != nil {
 			t.Fatal(err)
@@ -6659,7 +6668,7 @@ func journalOrphan(t *testing.T, fails func(op, path string) bool) {
 		time.Sleep(2 * time.Hour)
 		journalClaimed(t, j, "evt_2") // what is beyond the retention expires
 		for range 2 {
-			_ = j.renew(false)
+			_ = journalCompact(j)
 		}
 		journalExpectDone(t, j, medium, "evt_1")
 	})
@@ -6689,10 +6698,10 @@ func TestRow17CopyOfTheLoser(t *testing.T) {
 			}
 			return nil
 		}
-		_ = a.renew(false)
+		_ = journalCompact(a)
 		for i := range 5 {
 			e := journalClaimed(t, b, fmt.Sprint("evt_b", i))
-			_ = b.renew(false)
+			_ = journalCompact(b)
 			_ = b.Done(t.Context(), e, nil)
 			_ = b.Done(t.Context(), env, nil)
 			time.Sleep(2 * time.Hour)
@@ -6701,7 +6710,7 @@ func TestRow17CopyOfTheLoser(t *testing.T) {
 		}
 		time.Sleep(2 * time.Hour)
 		_, _ = b.Claim(t.Context(), journalEvent("evt_last", 0, 0))
-		_ = b.renew(false)
+		_ = journalCompact(b)
 		_ = b.Close()
 		c := openOn(t, medium.process(), time.Hour)
 		if ids := journalPending(t, c); !slices.Equal(ids, []string{"evt_last"}) {
@@ -6723,10 +6732,10 @@ func TestRow09StrayCopies(t *testing.T) {
 			}
 			return nil
 		}
-		_ = j.renew(false)
+		_ = journalCompact(j)
 	}
 	j := openOn(t, medium.process(), 0)
-	_ = j.renew(false)
+	_ = journalCompact(j)
 	for _, n := range diskNames(medium) {
 		if strings.Contains(n, ".tmp") {
 			t.Error("left for ever:", n)
@@ -6789,7 +6798,7 @@ func TestRow07DoneBesideFailingCompaction(t *testing.T) {
 	if err := j.Done(t.Context(), env, nil); err != nil {
 		t.Error(err)
 	}
-	if j.renew(false) == nil || <-claimed == nil {
+	if journalCompact(j) == nil || <-claimed == nil {
 		t.Error("the compaction or the claim succeeded on a failing disk")
 	}
 	d.hook = nil
@@ -6971,7 +6980,7 @@ func TestRow09OpenFilesStay(t *testing.T) {
 	}
 	j := openOn(t, d, 0)
 	journalClaimed(t, j, "evt")
-	if err := j.renew(false); err != nil {
+	if err := journalCompact(j); err != nil {
 		t.Error(err)
 	}
 }
