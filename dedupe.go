@@ -193,7 +193,7 @@ type Journal struct {
 	done    idSet
 	started bool    // Pending has been called
 	reports []error // for Pending to yield
-	slack   int64   // bytes of garbage that are not worth one
+	slack   int64   // bytes of garbage to wait for, after a compaction that failed
 }
 
 var _ Inbox = (*Journal)(nil)
@@ -228,11 +228,6 @@ type group struct {
 // errNew marks a file that is not in use yet: it is empty, its name may not be durable.
 var errNew = errors.New("offloadhook: journal: the file is new")
 
-const (
-	restAfterGivingUp = 10 * time.Minute
-	smallGarbage      = 1 << 20 // bytes
-)
-
 // OpenJournal opens the journal in dir, which it makes if need be, and takes over from the Journal that uses it. The
 // directory is made 0700 and its files 0600, for payloads are your customers' data. Unfinished events are kept, and
 // the ids of those that were done within retention; 0 means 30 days. An error names the file and the step that failed.
@@ -244,15 +239,16 @@ func openJournal(d disk, dir string, retention time.Duration) (*Journal, error) 
 	if retention <= 0 {
 		retention = 30 * 24 * time.Hour
 	}
-	for tries := 10; ; tries-- {
-		j := &Journal{disk: d, dir: dir, retention: retention, slack: smallGarbage, claims: make(map[digest]*claim)}
+	for tries := 100; ; tries-- {
+		j := &Journal{disk: d, dir: dir, retention: retention, claims: make(map[digest]*claim)}
 		err := j.open()
 		if err == nil {
 			return j, nil
 		}
 		j.closed = err
 		_ = j.Close()
-		if !errors.Is(err, fs.ErrNotExist) || tries == 0 { // else the earlier owner has just ended a compaction
+		// Another opener may have been faster, or the earlier owner has just ended a compaction.
+		if again := errors.Is(err, fs.ErrExist) || errors.Is(err, fs.ErrNotExist); !again || tries == 0 {
 			return nil, fmt.Errorf("offloadhook: opening the journal: %w", err)
 		}
 	}
@@ -265,9 +261,8 @@ func (j *Journal) Close() (err error) {
 	}
 	if j.closed != nil {
 		err = nil
-	} else {
-		j.closed = fmt.Errorf("%w: the journal in %s", ErrClosed, j.dir)
 	}
+	j.closed = cmp.Or(j.closed, fmt.Errorf("%w: the journal in %s", ErrClosed, j.dir))
 	j.mu.Unlock()
 	j.renewal.Lock() // and so waits for a compaction
 	defer j.renewal.Unlock()
@@ -286,11 +281,11 @@ func (j *Journal) Close() (err error) {
 // lock locks mu where the journal can be written to. When an fsync has failed, it first goes on in a new file.
 func (j *Journal) lock() (err error) {
 	j.mu.Lock()
-	for err == nil && j.closed == nil && j.bad() != nil {
+	for err == nil && j.closed == nil && j.bad() {
 		j.mu.Unlock()
 		j.renewal.Lock()
 		j.mu.Lock()
-		if j.bad() != nil { // else another has renewed it
+		if j.bad() { // else another has renewed it
 			err = j.renew()
 		}
 		j.renewal.Unlock()
@@ -364,7 +359,8 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	}
 	j.end(c)
 	j.done.add(c.id, now)
-	if j.garbage() && j.renewal.TryLock() {
+	alive := j.live + 33*int64(j.done.len()) // what a copy takes
+	if j.size() > 2*alive+1<<20+j.slack && j.renewal.TryLock() {
 		go j.compact()
 	}
 	return nil
@@ -378,21 +374,20 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 			return
 		}
 		err := j.owns()
-		owned := j.closed == nil
 		if err == nil {
 			err, j.reports = errors.Join(j.reports...), nil
 		}
-		all, order := !j.started, slices.Clone(j.order)
+		closed, all, order := j.closed, !j.started, slices.Clone(j.order)
 		j.started = true
 		j.mu.Unlock()
-		if err != nil && !yield(nil, err) || !owned {
+		if err != nil && !yield(nil, err) || closed != nil {
 			return
 		}
 		for _, c := range order {
 			j.mu.Lock()
 			env, err := (*Envelope)(nil), cmp.Or(j.closed, ctx.Err())
 			stop := err != nil
-			rested := time.Since(time.UnixMilli(c.gaveUp)) >= restAfterGivingUp
+			rested := time.Since(time.UnixMilli(c.gaveUp)) >= 10*time.Minute
 			if !stop && !c.ended && c.group == nil && (all || rested) {
 				c.gaveUp = 0
 				_, env, err = j.read(c)
@@ -476,9 +471,6 @@ func (j *Journal) commit(g *group) {
 
 // write writes buf. If that fails it cuts the file back to its last whole record. mu is held.
 func (j *Journal) write() error {
-	if len(j.buf) == 0 {
-		return nil
-	}
 	file := j.last()
 	n, err := file.WriteAt(j.buf, file.size)
 	if err == nil {
@@ -540,12 +532,9 @@ func named(err error) error {
 	return fmt.Errorf("offloadhook: journal: %w", err)
 }
 
-// bad returns why a file is not to be trusted, if one is. mu is held.
-func (j *Journal) bad() (err error) {
-	for _, file := range j.files {
-		err = cmp.Or(err, file.bad)
-	}
-	return err
+// bad reports whether a file is not to be trusted. mu is held.
+func (j *Journal) bad() bool {
+	return slices.ContainsFunc(j.files, func(file *logFile) bool { return file.bad != nil })
 }
 
 func (j *Journal) last() *logFile { return j.files[len(j.files)-1] }
@@ -558,8 +547,9 @@ func (j *Journal) path(gen int) string {
 func (j *Journal) numbers(suffix string) (gens []int, err error) {
 	names, err := j.disk.list(j.dir)
 	for _, name := range names {
-		digits := strings.TrimSuffix(strings.TrimPrefix(name, "events-"), suffix)
-		if gen, _ := strconv.Atoi(digits); gen > 0 && name == fmt.Sprintf("events-%08d", gen)+suffix {
+		gen := 0
+		_, _ = fmt.Sscanf(name, "events-%d", &gen)
+		if gen > 0 && name == fmt.Sprintf("events-%08d%s", gen, suffix) {
 			gens = append(gens, gen)
 		}
 	}
@@ -581,14 +571,9 @@ func (j *Journal) create(newest int) error {
 // copied.
 func (j *Journal) open() error {
 	err := j.disk.mkdir(j.dir)
-	for len(j.files) == 0 && err == nil {
-		var gens []int
-		if gens, err = j.numbers(".log"); err == nil {
-			err = j.create(append([]int{0}, gens...)[len(gens)])
-		}
-		if errors.Is(err, fs.ErrExist) { // another opener was faster
-			err = nil
-		}
+	gens, listErr := j.numbers(".log")
+	if err = cmp.Or(err, listErr); err == nil {
+		err = j.create(append([]int{0}, gens...)[len(gens)])
 	}
 	if err != nil {
 		return err
@@ -658,12 +643,6 @@ func (j *Journal) replay(file *logFile) error {
 	}
 }
 
-// garbage reports whether there is so much that a compaction is worth its while. mu is held.
-func (j *Journal) garbage() bool {
-	alive := j.live + 33*int64(j.done.len()) // what a copy takes
-	return j.size()-alive > alive+j.slack
-}
-
 // size returns the size of all files. mu is held.
 func (j *Journal) size() (total int64) {
 	for _, file := range j.files {
@@ -676,7 +655,7 @@ func (j *Journal) size() (total int64) {
 func (j *Journal) compact() {
 	j.mu.Lock()
 	err := j.renew()
-	if j.slack = smallGarbage; err != nil && j.closed == nil {
+	if j.slack = 0; err != nil && j.closed == nil {
 		j.slack = j.size() // until the files have doubled
 		j.reports = append(j.reports, err)
 	}
@@ -691,7 +670,7 @@ func (j *Journal) renew() (err error) {
 	if j.closed != nil {
 		return j.closed
 	}
-	sound := j.bad() == nil
+	sound := !j.bad()
 	defer func() { err = named(err) }()
 	if j.last().bad != errNew { // else a renewal has failed before
 		if err = j.write(); err != nil {
