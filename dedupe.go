@@ -777,19 +777,17 @@ func (j *Journal) copyTo(dst *logFile, ids []idTime, claims []*claim) (offs []in
 			<-g.synced
 			j.mu.Lock()
 		}
-		offs = append(offs, dst.size)
 		var line []byte
-		if !c.ended {
-			line, _, err = j.read(c)
-		}
-		if c.ended && err != nil {
-			j.reports, err = append(j.reports, err), nil
+		if err == nil && !c.ended {
+			if line, _, err = j.read(c); c.ended {
+				j.reports, err = append(j.reports, err), nil
+			}
 		}
 		j.mu.Unlock()
-		if err != nil {
-			break
+		offs = append(offs, dst.size)
+		if err == nil {
+			write(line)
 		}
-		write(line)
 	}
 	if err == nil {
 		err = cmp.Or(out.Flush(), file.Sync())
