@@ -67,13 +67,9 @@ var _ Deduper = (*Memory)(nil)
 // Claim reports whether the id is neither being handled nor remembered as handled.
 func (m *Memory) Claim(_ context.Context, env *Envelope) (fresh bool, err error) {
 	d := digestOf(env.EventID)
-	ttl := m.TTL
-	if ttl <= 0 {
-		ttl = 24 * time.Hour
-	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.done.expire(time.Now().Add(-ttl))
+	m.done.expire(time.Now().Add(-cmp.Or(m.TTL, 24*time.Hour)))
 	if _, held := m.claimed[d]; held || m.done.has(d) {
 		return false, nil
 	}
@@ -103,11 +99,7 @@ func (m *Memory) Done(_ context.Context, env *Envelope, err error) error {
 
 // shrink keeps to Limit. An id being handled never goes (promise 3).
 func (m *Memory) shrink() {
-	limit := m.Limit
-	if limit <= 0 {
-		limit = 1_000_000
-	}
-	for m.done.len() > 0 && m.done.len()+len(m.claimed) > limit {
+	for m.done.len() > 0 && m.done.len()+len(m.claimed) > cmp.Or(m.Limit, 1_000_000) {
 		m.done.drop()
 	}
 }
@@ -236,9 +228,7 @@ func OpenJournal(dir string, retention time.Duration) (*Journal, error) {
 }
 
 func openJournal(d disk, dir string, retention time.Duration) (*Journal, error) {
-	if retention <= 0 {
-		retention = 30 * 24 * time.Hour
-	}
+	retention = cmp.Or(retention, 30*24*time.Hour)
 	for tries := 100; ; tries-- {
 		j := &Journal{disk: d, dir: dir, retention: retention, claims: make(map[digest]*claim)}
 		err := j.open()
@@ -275,7 +265,7 @@ func (j *Journal) Close() (err error) {
 		err = errors.Join(err, file.Sync(), file.Close())
 	}
 	j.files = nil
-	return err
+	return named(err)
 }
 
 // lock locks mu where the journal can be written to. When an fsync has failed, it first goes on in a new file.
@@ -305,7 +295,7 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 		return false, fmt.Errorf("%w: the event_id is unusable", ErrMalformed)
 	}
 	if err := j.lock(); err != nil {
-		return false, err
+		return false, named(err)
 	}
 	d, now := digestOf(env.EventID), time.Now()
 	j.done.expire(now.Add(-j.retention))
@@ -313,7 +303,7 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	if c != nil && c.group == nil || c == nil && j.done.has(d) {
 		defer j.mu.Unlock()
 		if err := j.owns(); err != nil || c == nil || c.gaveUp == 0 {
-			return false, err
+			return false, named(err)
 		}
 		c.gaveUp = 0 // it is durable already
 		return true, nil
@@ -336,13 +326,13 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 		j.commit(g)
 	}
 	<-g.synced
-	return fresh && g.err == nil, g.err
+	return fresh && g.err == nil, named(g.err)
 }
 
 // Done records the end of an event at once. It does not wait until that is durable.
 func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	if err := j.lock(); err != nil {
-		return err
+		return named(err)
 	}
 	defer j.mu.Unlock()
 	c, now := j.claims[digestOf(env.EventID)], time.Now()
@@ -355,7 +345,7 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	}
 	j.buf = appendRecord(j.buf, "done", env.EventID, now.UnixMilli(), nil)
 	if err := j.write(); err != nil {
-		return err
+		return named(err)
 	}
 	j.end(c)
 	j.done.add(c.id, now)
@@ -370,7 +360,7 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 	return func(yield func(*Envelope, error) bool) {
 		if err := j.lock(); err != nil {
-			yield(nil, err)
+			yield(nil, named(err))
 			return
 		}
 		err := j.owns()
@@ -380,7 +370,7 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 		closed, all, order := j.closed, !j.started, slices.Clone(j.order)
 		j.started = true
 		j.mu.Unlock()
-		if err != nil && !yield(nil, err) || closed != nil {
+		if err != nil && !yield(nil, named(err)) || closed != nil {
 			return
 		}
 		for _, c := range order {
@@ -393,11 +383,19 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 				_, env, err = j.read(c)
 			}
 			j.mu.Unlock()
-			if (env != nil || err != nil) && !yield(env, err) || stop {
+			if (env != nil || err != nil) && !yield(env, named(err)) || stop {
 				return
 			}
 		}
 	}
+}
+
+// named returns err, which a user gets, with the name of what failed.
+func named(err error) error {
+	if err == nil || strings.HasPrefix(err.Error(), "offloadhook: ") {
+		return err
+	}
+	return fmt.Errorf("offloadhook: journal: %w", err)
 }
 
 // add appends c to the claims. mu is held.
@@ -422,7 +420,7 @@ func (j *Journal) end(c *claim) {
 func (j *Journal) read(c *claim) (line []byte, env *Envelope, err error) {
 	line = make([]byte, c.size)
 	if _, err := c.file.ReadAt(line, c.off); err != nil && err != io.EOF {
-		return nil, nil, named(err)
+		return nil, nil, err
 	}
 	rec := parseRecord(line)
 	if env, err = ParseEnvelope(rec.event); err == nil && rec.size == c.size && rec.kind == "id" {
@@ -458,12 +456,8 @@ func (j *Journal) commit(g *group) {
 		j.mu.Lock()
 		if err == nil {
 			err = j.owns()
-		} else {
-			err = named(err)
-			file.bad = err
-			if file == j.last() {
-				j.refuse(err)
-			}
+		} else if file.bad = err; file == j.last() {
+			j.refuse(err)
 		}
 	}
 	j.settle(g, err)
@@ -478,9 +472,8 @@ func (j *Journal) write() error {
 		j.buf = j.buf[:0]
 		return nil
 	}
-	err = named(err)
-	if cut := file.Truncate(file.size); cut != nil {
-		file.bad = fmt.Errorf("%w, and then: %w", err, cut)
+	if file.Truncate(file.size) != nil {
+		file.bad = err
 	}
 	j.refuse(err)
 	return err
@@ -516,20 +509,12 @@ func (j *Journal) owns() error {
 	}
 	gens, err := j.numbers(".log")
 	if err != nil {
-		return named(err)
+		return err
 	}
 	if len(gens) == 0 || gens[len(gens)-1] != j.last().gen {
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
 	}
 	return j.closed
-}
-
-// named returns err with the name of what failed.
-func named(err error) error {
-	if err == nil || strings.HasPrefix(err.Error(), "offloadhook: ") {
-		return err
-	}
-	return fmt.Errorf("offloadhook: journal: %w", err)
 }
 
 // bad reports whether a file is not to be trusted. mu is held.
@@ -671,7 +656,6 @@ func (j *Journal) renew() (err error) {
 		return j.closed
 	}
 	sound := !j.bad()
-	defer func() { err = named(err) }()
 	if j.last().bad != errNew { // else a renewal has failed before
 		if err = j.write(); err != nil {
 			return err
@@ -726,10 +710,8 @@ func (j *Journal) renew() (err error) {
 // clear removes the files before number gen, which is a copy of what is alive, and keeps the damaged ones of old aside.
 // What cannot be removed goes with the next copy.
 func (j *Journal) clear(old []*logFile, gen int) {
-	damaged := make(map[int]bool)
 	for _, file := range old {
 		_ = file.Close()
-		damaged[file.gen] = file.damaged
 	}
 	temps, _ := j.numbers(".log.tmp")
 	for _, n := range temps {
@@ -742,7 +724,7 @@ func (j *Journal) clear(old []*logFile, gen int) {
 		switch {
 		case n >= gen || err != nil && !errors.Is(err, fs.ErrNotExist):
 			return
-		case damaged[n]:
+		case slices.ContainsFunc(old, func(file *logFile) bool { return file.gen == n && file.damaged }):
 			err = j.disk.rename(j.path(n), j.path(n)+".damaged")
 		default:
 			err = j.disk.remove(j.path(n))
@@ -843,21 +825,19 @@ func parseRecord(line []byte) (rec record) {
 	head, event, _ := bytes.Cut(line[9:end], []byte(`,"event":`)) // in a string the quotes would be escaped
 	rec.event = bytes.TrimSuffix(event, []byte("}"))
 	scan(head, 0, nesting, func(name, value []byte) {
+		rec.kind = cmp.Or(rec.kind, string(name))
 		switch string(name) {
 		case "id", "done":
-			rec.kind, rec.ids = string(name), []digest{digestOf(text(value))}
+			rec.ids = []digest{digestOf(text(value))}
 		case "sha256":
 			halves, _ := hex.DecodeString(text(value))
-			rec.kind, rec.ids = "sha256", make([]digest, len(halves)/len(digest{}))
-			for i := range rec.ids {
-				rec.ids[i] = digest(halves[i*len(digest{}):])
+			for ; len(halves) >= len(digest{}); halves = halves[len(digest{}):] {
+				rec.ids = append(rec.ids, digest(halves))
 			}
 		case "at":
 			rec.at, _ = strconv.ParseInt(string(value), 10, 64)
 		case "base64":
 			rec.event, _ = base64.StdEncoding.DecodeString(text(value))
-		default:
-			rec.kind = cmp.Or(rec.kind, string(name)) // of a later version
 		}
 	})
 	return rec
