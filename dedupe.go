@@ -277,6 +277,7 @@ func (j *Journal) lock() (err error) {
 		j.mu.Lock()
 		if j.bad() { // else another has renewed it
 			err = j.renew()
+			err = cmp.Or(j.owns(), err)
 		}
 		j.renewal.Unlock()
 	}
@@ -640,9 +641,9 @@ func (j *Journal) size() (total int64) {
 func (j *Journal) compact() {
 	j.mu.Lock()
 	err := j.renew()
-	if j.slack = 0; err != nil && j.closed == nil {
+	if j.slack = 0; err != nil {
 		j.slack = j.size() // until the files have doubled
-		j.reports = append(j.reports, err)
+		j.reports = append(j.reports, named(err))
 	}
 	j.mu.Unlock()
 	j.renewal.Unlock()
@@ -657,16 +658,12 @@ func (j *Journal) renew() (err error) {
 	}
 	sound := !j.bad()
 	if j.last().bad != errNew { // else a renewal has failed before
-		if err = j.write(); err != nil {
-			return err
+		if err = j.write(); err == nil {
+			j.group = nil // who leads it will sync its file
+			err = j.create(j.last().gen)
 		}
-		j.group = nil // who leads it will sync its file
-		err = j.create(j.last().gen)
 	}
-	if err == nil {
-		err = j.disk.syncDir(j.dir)
-	}
-	if err = cmp.Or(j.owns(), err); err != nil {
+	if err = cmp.Or(err, j.disk.syncDir(j.dir), j.owns()); err != nil {
 		return err
 	}
 	old, live := j.files[:len(j.files)-1], j.last()
@@ -678,15 +675,12 @@ func (j *Journal) renew() (err error) {
 	j.mu.Unlock()
 	offs, err := j.copyTo(dst, ids, claims)
 	j.mu.Lock()
-	if err == nil {
-		err = j.owns()
-	}
-	if err == nil {
+	if err = cmp.Or(err, j.owns()); err == nil {
 		err = j.disk.rename(path+".tmp", path)
 	}
 	if err != nil {
 		_ = j.disk.remove(path + ".tmp")
-		return cmp.Or(j.owns(), err)
+		return err
 	}
 	if err = j.disk.syncDir(j.dir); err == nil {
 		dst.diskFile, err = j.disk.open(path, os.O_RDWR)
@@ -695,7 +689,7 @@ func (j *Journal) renew() (err error) {
 		live.bad = err // lest another copy goes over this one
 	}
 	if err != nil {
-		return cmp.Or(j.owns(), err)
+		return err
 	}
 	for i, c := range claims {
 		c.file, c.off = dst, offs[i]
