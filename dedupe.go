@@ -531,11 +531,11 @@ func (j *Journal) path(gen int) string {
 
 // numbers returns the numbers of the files whose names end so, in ascending order.
 func (j *Journal) numbers(suffix string) (gens []int, err error) {
-	names, err := j.disk.list(j.dir)
-	for _, name := range names {
+	entries, err := j.disk.list(j.dir)
+	for _, entry := range entries {
 		gen := 0
-		_, _ = fmt.Sscanf(name, "events-%d", &gen)
-		if gen > 0 && name == fmt.Sprintf("events-%08d%s", gen, suffix) {
+		_, _ = fmt.Sscanf(entry.Name(), "events-%d", &gen)
+		if gen > 0 && entry.Name() == fmt.Sprintf("events-%08d%s", gen, suffix) {
 			gens = append(gens, gen)
 		}
 	}
@@ -840,7 +840,7 @@ func parseRecord(line []byte) (rec record) {
 // disk is what the journal needs of a file system. Tests put others in its place.
 type disk interface {
 	mkdir(dir string) error
-	list(dir string) (names []string, err error)
+	list(dir string) ([]fs.DirEntry, error)
 	open(path string, flag int) (diskFile, error)
 	rename(from, to string) error
 	remove(path string) error
@@ -865,19 +865,10 @@ func (d osDisk) mkdir(dir string) error {
 	return err
 }
 
-func (osDisk) list(dir string) (names []string, err error) {
-	entries, err := os.ReadDir(dir)
-	for _, entry := range entries {
-		names = append(names, entry.Name())
-	}
-	return names, err
-}
-
+func (osDisk) list(dir string) ([]fs.DirEntry, error)       { return os.ReadDir(dir) }
 func (osDisk) open(path string, flag int) (diskFile, error) { return os.OpenFile(path, flag, 0o600) }
-
-func (osDisk) rename(from, to string) error { return os.Rename(from, to) }
-
-func (osDisk) remove(path string) error { return os.Remove(path) }
+func (osDisk) rename(from, to string) error                 { return os.Rename(from, to) }
+func (osDisk) remove(path string) error                     { return os.Remove(path) }
 
 // syncDir makes the names in dir durable. Windows has no call for that.
 func (osDisk) syncDir(dir string) error {

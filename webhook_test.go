@@ -3414,7 +3414,7 @@ func (p *diskProcess) mkdir(dir string) error {
 	return nil
 }
 
-func (p *diskProcess) list(dir string) (names []string, err error) {
+func (p *diskProcess) list(dir string) (entries []fs.DirEntry, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.step("list", dir); err != nil {
@@ -3424,10 +3424,18 @@ func (p *diskProcess) list(dir string) (names []string, err error) {
 		return nil, &fs.PathError{Op: "list", Path: dir, Err: fs.ErrNotExist}
 	}
 	for path := range p.names {
-		names = append(names, filepath.Base(path))
+		entries = append(entries, diskEntry{name: filepath.Base(path)})
 	}
-	return names, nil
+	return entries, nil
 }
+
+// diskEntry is a name in the directory.
+type diskEntry struct {
+	fs.DirEntry
+	name string
+}
+
+func (e diskEntry) Name() string { return e.name }
 
 func (p *diskProcess) open(path string, flag int) (diskFile, error) {
 	step := "open"
@@ -5703,13 +5711,13 @@ func (v *modelView) check(op, path string) error {
 
 func (v *modelView) mkdir(string) error { return v.check("mkdir", "") }
 
-func (v *modelView) list(dir string) (names []string, err error) {
+func (v *modelView) list(dir string) (entries []fs.DirEntry, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for path := range v.names {
-		names = append(names, filepath.Base(path))
+		entries = append(entries, diskEntry{name: filepath.Base(path)})
 	}
-	return names, v.check("readdir", dir)
+	return entries, v.check("readdir", dir)
 }
 
 func (v *modelView) open(path string, flag int) (diskFile, error) {
@@ -7069,7 +7077,7 @@ type readdirDisk struct {
 	n      int
 }
 
-func (d *readdirDisk) list(string) (names []string, err error) {
+func (d *readdirDisk) list(string) (entries []fs.DirEntry, err error) {
 	d.mu.Lock()
 	before := maps.Clone(d.names)
 	d.mu.Unlock()
@@ -7079,10 +7087,10 @@ func (d *readdirDisk) list(string) (names []string, err error) {
 	defer d.mu.Unlock()
 	for path, node := range before {
 		if d.names[path] == node {
-			names = append(names, filepath.Base(path))
+			entries = append(entries, diskEntry{name: filepath.Base(path)})
 		}
 	}
-	return names, nil
+	return entries, nil
 }
 
 // The copy gets its name while an opener lists the directory.
