@@ -122,27 +122,24 @@ type Receiver struct {
 // ServeHTTP answers 202 to a new event and 200 to a duplicate, before any callback finishes (promise 2), and 4xx or 503
 // to what it refuses.
 func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	start, status := time.Now(), http.StatusOK
+	start := time.Now()
 	body, err := r.read(w, req)
-	if err != nil {
-		r.observe(req.Context(), Observation{Refused, nil, body, 0, time.Since(start), err})
-	} else if fresh, deliverErr := r.deliver(req.Context(), start, body); fresh {
-		status = http.StatusAccepted
-	} else {
-		err = deliverErr
-	}
-	if err != nil {
+	fresh, err := r.deliver(req.Context(), start, body, err)
+	switch {
+	case err != nil:
 		refuse(w, err)
-		return
+	case fresh:
+		w.WriteHeader(http.StatusAccepted)
+	default:
+		w.WriteHeader(http.StatusOK)
 	}
-	w.WriteHeader(status)
 }
 
 // Deliver takes an event without HTTP: from a poller, a queue, a replay. It keeps a copy of body, and knows no limit of
 // its size. A nil error means what a 2xx means; fresh is false for a duplicate. The errors wrap ErrMalformed, ErrBusy,
 // ErrClosed, or what the store returned. ctx lends its values; its end does not stop the delivery.
 func (r *Receiver) Deliver(ctx context.Context, body []byte) (fresh bool, err error) {
-	return r.deliver(ctx, time.Now(), bytes.Clone(body))
+	return r.deliver(ctx, time.Now(), bytes.Clone(body), nil)
 }
 
 // Shutdown refuses new events and waits for those in hand: all that were accepted, or with an Inbox the running ones,
@@ -392,8 +389,7 @@ func isJSON(contentType string) bool {
 
 // refuse writes the answer to a refused request. It carries no internal error and nothing of the body.
 func refuse(w http.ResponseWriter, err error) {
-	var status refusal
-	reason := "offloadhook: the store failed"
+	status, reason := refusal(http.StatusServiceUnavailable), "offloadhook: the store failed"
 	switch {
 	case errors.As(err, &status):
 		reason = err.Error()
@@ -411,8 +407,7 @@ func refuse(w http.ResponseWriter, err error) {
 		w.Header().Set("Allow", http.MethodPost)
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "Bearer")
-	case 0:
-		status = http.StatusServiceUnavailable
+	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
 	}
 	http.Error(w, reason, int(status))
@@ -446,10 +441,13 @@ const (
 	gone                  // no longer in memory
 )
 
-// deliver takes one delivery: parse, accept, observe.
-func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte) (fresh bool, err error) {
+// deliver takes one delivery: parse, accept, observe. err is why its body could not be read.
+func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte, err error) (fresh bool, _ error) {
 	t, o := &task{ctx: context.WithoutCancel(ctx), decided: make(chan struct{})}, Observation{Outcome: Refused, Body: body}
-	if err = t.env.parse(body); err == nil {
+	if err == nil {
+		err = t.env.parse(body)
+	}
+	if err == nil {
 		o.Envelope, t.caseID = &t.env, t.env.caseID()
 		fresh, err = r.accept(t)
 	}
