@@ -51,18 +51,17 @@ import (
 func Handler(cb Callbacks, opts ...Option) *Receiver {
 	r := &Receiver{
 		cb: cb, store: new(Memory), concurrency: 32, backlog: 1024, attempts: 8, backoff: time.Second, maxBody: 1 << 20,
-		observe: logProblems, drained: make(chan struct{}), swept: make(chan struct{}), wake: make(chan struct{}, 1),
+		observe: logProblems, wake: make(chan struct{}, 1),
 		tasks: make(map[string]*task), claims: make(map[string]*task), tails: make(map[string]*task),
 	}
 	for _, opt := range opts {
 		opt.apply(r)
 	}
 	r.alive, r.cancel = context.WithCancelCause(context.Background())
+	r.drained, r.drain = context.WithCancel(context.Background())
 	r.room, r.lobby = make(chan struct{}, r.backlog), make(chan struct{}, r.backlog)
-	if r.inbox == nil {
-		close(r.swept)
-	} else {
-		r.behind = true
+	if r.inbox != nil {
+		r.behind, r.sweeping = true, true
 		go r.sweep()
 	}
 	return r
@@ -96,11 +95,11 @@ type Receiver struct {
 
 	alive   context.Context // ends with Shutdown, or when the inbox is lost; so do the contexts of the callbacks
 	cancel  context.CancelCauseFunc
-	room    chan struct{} // holds one for each event in memory, except the spared
-	lobby   chan struct{} // holds one for each event that waits for room
-	drained chan struct{} // closed when nothing is accepted any more and no task is left
-	swept   chan struct{} // closed when the sweep has ended
-	wake    chan struct{} // asks the sweep to read the inbox; holds one request
+	room    chan struct{}   // holds one for each event in memory, except the spared
+	lobby   chan struct{}   // holds one for each event that waits for room
+	wake    chan struct{}   // asks the sweep to read the inbox; holds one request
+	drained context.Context // ends when nothing is accepted any more, and neither a task nor the sweep is left
+	drain   context.CancelFunc
 
 	mu      sync.Mutex // protects what follows, and every task
 	closed  bool
@@ -114,6 +113,7 @@ type Receiver struct {
 	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
 	reading  bool                // the inbox is being read
 	short    bool                // the last reading was not whole: the next one needs the room that arrivals would take
+	sweeping bool                // the sweep lives
 	missed   bool                // an event was left to the inbox during this reading
 	arrivals []*task             // accepted during this reading, to follow what it yields
 	finished map[string]struct{} // the ids that ended during this reading
@@ -153,12 +153,15 @@ func (r *Receiver) Shutdown(ctx context.Context) error {
 	}
 	r.checkDrained()
 	r.mu.Unlock()
-	if err := wait(ctx, r.drained); err != nil {
-		r.abandon(err)
-		return err
+	select {
+	case <-r.drained.Done():
+	case <-ctx.Done():
+		if r.drained.Err() == nil {
+			r.abandon(ctx.Err())
+			return ctx.Err()
+		}
 	}
-	r.cancel(ErrClosed)
-	return wait(ctx, r.swept)
+	return nil
 }
 
 // Option configures a Handler.
@@ -860,29 +863,12 @@ func (r *Receiver) checkWake() {
 	}
 }
 
-// checkDrained closes drained when nothing is left to wait for. mu is held.
+// checkDrained ends the sweep when no task is left to wait for, and drained after it. mu is held.
 func (r *Receiver) checkDrained() {
 	if r.closed && len(r.tasks) == 0 && r.running == 0 {
-		select {
-		case <-r.drained:
-		default:
-			close(r.drained)
+		if r.cancel(ErrClosed); !r.sweeping {
+			r.drain()
 		}
-	}
-}
-
-// wait returns nil when done is closed, and the error of ctx if that ends before.
-func wait(ctx context.Context, done <-chan struct{}) error {
-	select {
-	case <-done:
-		return nil
-	case <-ctx.Done():
-	}
-	select {
-	case <-done:
-		return nil
-	default:
-		return ctx.Err()
 	}
 }
 
@@ -941,7 +927,6 @@ func (r *Receiver) abandon(reason error) {
 // sweep reads the inbox: at the start, when there is room again, and every sweepEvery, so that what dead receivers left
 // is found, and a lease renewed, even while there is no room.
 func (r *Receiver) sweep() {
-	defer close(r.swept)
 	ticker := time.NewTicker(sweepEvery)
 	defer ticker.Stop()
 	for r.alive.Err() == nil {
@@ -956,6 +941,10 @@ func (r *Receiver) sweep() {
 		case <-again:
 		}
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.sweeping = false
+	r.checkDrained()
 }
 
 // readInbox brings the events of the inbox into memory, as far as there is room, and reports whether that met no error.
