@@ -181,11 +181,10 @@ func (env *Envelope) parse(body []byte) error {
 		case "event_type":
 			env.EventType = EventType(text(value))
 		case "timestamp":
-			ms, err := strconv.ParseInt(string(value), 10, 64)
-			if err != nil {
-				ms = 0 // ParseInt returns the nearest number when out of range
+			env.Timestamp = 0
+			if ms, err := strconv.ParseInt(string(value), 10, 64); err == nil {
+				env.Timestamp = Millis(ms)
 			}
-			env.Timestamp = Millis(ms)
 		case "data":
 			env.Data = value
 		}
@@ -222,19 +221,12 @@ func text(value []byte) string {
 	if len(value) < 2 || value[0] != '"' {
 		return ""
 	}
-	return string(unquote(value))
-}
-
-// unquote returns what a JSON string spells.
-func unquote(quoted []byte) []byte {
-	for _, c := range quoted {
-		if c == '\\' || c >= utf8.RuneSelf {
-			var s string
-			_ = json.Unmarshal(quoted, &s)
-			return []byte(s)
-		}
+	if bytes.IndexByte(value, '\\') < 0 && utf8.Valid(value) {
+		return string(value[1 : len(value)-1])
 	}
-	return quoted[1 : len(quoted)-1]
+	var s string
+	_ = json.Unmarshal(value, &s)
+	return s
 }
 
 // nesting is how deep a body may be nested: as deep as for encoding/json.
@@ -245,7 +237,7 @@ const nesting = 10_000
 func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 	var room [64]byte
 	closers := room[:0] // of what is open; with recursion, short bodies would make large stacks
-	var name []byte     // of the outermost object's member that is being read, with its quotes
+	var name []byte     // of the outermost object's member that is being read
 	start := i          // of its value
 	for {
 		if n := len(closers); n > 0 && closers[n-1] == '}' {
@@ -255,7 +247,10 @@ func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 				return -1
 			}
 			if n == 1 {
-				name = b[i:end]
+				name = b[i+1 : end-1]
+			}
+			if n == 1 && bytes.IndexByte(name, '\\') >= 0 {
+				name = []byte(text(b[i:end]))
 			}
 			i = skipSpace(b, colon+1)
 		}
@@ -291,7 +286,7 @@ func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 				return i
 			}
 			if n == 1 && name != nil && member != nil {
-				member(unquote(name), b[start:i:i])
+				member(name, b[start:i:i])
 			}
 			if i = skipSpace(b, i); at(b, i) != closers[n-1] {
 				break

@@ -51,18 +51,20 @@ import (
 func Handler(cb Callbacks, opts ...Option) *Receiver {
 	r := &Receiver{
 		cb: cb, store: new(Memory), concurrency: 32, backlog: 1024, attempts: 8, backoff: time.Second, maxBody: 1 << 20,
-		observe: logProblems, wake: make(chan struct{}, 1),
-		tasks: make(map[string]*task), claims: make(map[string]*task), tails: make(map[string]*task),
+		observe: logProblems,
+		tasks:   make(map[string]*task), claims: make(map[string]*task), tails: make(map[string]*task),
 	}
 	for _, opt := range opts {
 		opt.apply(r)
 	}
 	r.alive, r.cancel = context.WithCancelCause(context.Background())
 	r.drained, r.drain = context.WithCancel(context.Background())
-	r.room, r.lobby = make(chan struct{}, r.backlog), make(chan struct{}, r.backlog)
+	r.room, r.spare = make(chan struct{}, r.backlog), make(chan struct{}, r.backlog)
+	r.lobby = make(chan struct{}, r.backlog)
 	if r.inbox != nil {
-		r.behind, r.sweeping = true, true
-		go r.sweep()
+		r.behind = true
+		r.sweep = time.AfterFunc(sweepEvery, r.readInbox)
+		r.sweep.Reset(0)
 	}
 	return r
 }
@@ -95,10 +97,11 @@ type Receiver struct {
 
 	alive   context.Context // ends with Shutdown, or when the inbox is lost; so do the contexts of the callbacks
 	cancel  context.CancelCauseFunc
-	room    chan struct{}   // holds one for each event in memory, except the spared
+	room    chan struct{}   // holds one for each event in memory that has not failed yet
+	spare   chan struct{}   // holds one for each that has, while there is any
 	lobby   chan struct{}   // holds one for each event that waits for room
-	wake    chan struct{}   // asks the sweep to read the inbox; holds one request
-	drained context.Context // ends when nothing is accepted any more, and neither a task nor the sweep is left
+	sweep   *time.Timer     // reads the inbox
+	drained context.Context // ends when nothing is accepted any more, and neither a task nor a reading is left
 	drain   context.CancelFunc
 
 	mu      sync.Mutex // protects what follows, and every task
@@ -108,15 +111,11 @@ type Receiver struct {
 	tails   map[string]*task // by case id: the last task of each case that has any; the first leads to it by next
 	ready   []*task          // those whose turn it is, in order
 	running int              // goroutines that run tasks: at most concurrency
-	spared  int              // tasks that have failed and no longer take room: at most backlog
 
 	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
-	reading  bool                // the inbox is being read
-	short    bool                // the last reading was not whole: the next one needs the room that arrivals would take
-	sweeping bool                // the sweep lives
-	missed   bool                // an event was left to the inbox during this reading
+	failing  bool                // the last reading of the inbox met an error
+	reading  map[string]struct{} // the ids that ended during this reading; nil while there is none
 	arrivals []*task             // accepted during this reading, to follow what it yields
-	finished map[string]struct{} // the ids that ended during this reading
 }
 
 // ServeHTTP answers 202 to a new event and 200 to a duplicate, before any callback finishes (promise 2), and 4xx or 503
@@ -427,20 +426,20 @@ type task struct {
 
 	next    *task // of the same case, to run after this one
 	attempt int
-	timer   *time.Timer // ends the waiting
-	spared  bool        // it takes no room
-	ended   bool        // nothing is left to do but to record result
-	result  error       // what Done is given
-	records int         // how often Done has failed
+	timer   *time.Timer   // ends the waiting
+	room    chan struct{} // what it takes its room of
+	ended   bool          // nothing is left to do but to record result
+	result  error         // what Done is given
+	records int           // how often Done has failed
 }
 
 type state uint8
 
 const (
 	deciding state = iota // the store is being asked, or room waited for
-	queued                // in memory, until its turn comes
+	arrived               // accepted while the inbox is read, to follow what that yields
+	queued                // in memory, until its turn or the time for its next attempt comes
 	running               // its callback runs, or its end is being recorded
-	waiting               // for the next attempt at that
 	gone                  // no longer in memory
 )
 
@@ -491,9 +490,7 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 			delete(r.tasks, t.env.EventID)
 			r.checkDrained()
 		}
-		if err != nil && r.inbox != nil {
-			r.behind, r.missed = true, true // it may be there after all
-		}
+		r.behind = r.behind || err != nil && r.inbox != nil // it may be there after all
 		if r.claims[t.caseID] == t {
 			delete(r.claims, t.caseID)
 		}
@@ -597,14 +594,14 @@ func (r *Receiver) place(t *task) error {
 	case r.inbox == nil && r.alive.Err() != nil:
 		<-r.room
 		return ErrClosed
-	case r.inbox == nil, !r.closed && !r.behind && !r.reading && r.tryRoom():
-		r.enqueue(t)
-	case !r.closed && r.reading && !r.missed && !r.short && r.tryRoom():
-		t.state = queued
-		r.arrivals = append(r.arrivals, t)
-	case !r.closed:
-		r.behind, r.missed = true, true
+	case r.inbox != nil && (r.closed || r.behind || len(r.room)+len(r.arrivals) >= r.backlog):
+		r.behind = true
 		r.checkWake()
+	case r.reading != nil:
+		t.state = arrived
+		r.arrivals = append(r.arrivals, t)
+	case r.inbox == nil || r.tryRoom(): // there is some
+		r.enqueue(t)
 	}
 	return nil
 }
@@ -621,7 +618,7 @@ func (r *Receiver) tryRoom() bool {
 
 // enqueue puts t behind the other events of its case (promise 5). mu is held.
 func (r *Receiver) enqueue(t *task) {
-	t.state = queued
+	t.state, t.room = queued, r.room
 	if t.caseID != "" {
 		last := r.tails[t.caseID]
 		r.tails[t.caseID] = t
@@ -635,7 +632,6 @@ func (r *Receiver) enqueue(t *task) {
 
 // makeReady lets t run as soon as concurrency allows. mu is held.
 func (r *Receiver) makeReady(t *task) {
-	t.state = queued
 	r.ready = append(r.ready, t)
 	if r.running < r.concurrency {
 		r.running++
@@ -646,15 +642,9 @@ func (r *Receiver) makeReady(t *task) {
 // work runs what is ready.
 func (r *Receiver) work() {
 	growStack()
-	idle := false
-	defer func() {
-		if !idle { // a callback has called runtime.Goexit
-			go r.work()
-		}
-	}()
 	for {
 		r.mu.Lock()
-		if idle = len(r.ready) == 0; idle {
+		if len(r.ready) == 0 {
 			r.running--
 			r.checkDrained()
 			r.mu.Unlock()
@@ -693,6 +683,9 @@ func (r *Receiver) run(t *task) {
 			err = &PanicError{v, debug.Stack()}
 		}
 		r.finish(t, Observation{outcome, &t.env, t.env.Raw, t.attempt, time.Since(start), err})
+		if err == errGoexit { // which ends this goroutine
+			go r.work()
+		}
 	}()
 	outcome, err = r.cb.call(&callbackContext{r.alive, t.ctx}, &t.env)
 }
@@ -752,30 +745,24 @@ func callTyped[T any](ctx context.Context, env *Envelope, f func(context.Context
 // finish decides what follows an attempt at t.
 func (r *Receiver) finish(t *task, o Observation) {
 	r.mu.Lock()
-	dead, draining := r.alive.Err() != nil, r.closed
-	r.mu.Unlock()
-	over := true
 	switch {
-	case o.Outcome == Retrying && dead: // abandon has reported it
-		r.settle(t, false)
-		return
-	case o.Outcome == Retrying && draining && r.inbox != nil:
+	case o.Outcome != Retrying:
+	case r.alive.Err() != nil:
+		o.Outcome = "" // abandon has reported it
+	case r.closed && r.inbox != nil:
 		o.Outcome = Unfinished // the inbox keeps it
-	case o.Outcome == Retrying && t.attempt < r.attempts:
-		over = false
-	default:
-		if o.Outcome == Retrying {
-			o.Outcome = GaveUp
-		}
-		if o.Outcome == GaveUp {
-			t.result = o.Err
-		}
-		r.mu.Lock()
-		t.ended = true
-		r.mu.Unlock()
-		over = r.record(t)
+	case t.attempt == r.attempts:
+		o.Outcome = GaveUp
 	}
-	r.observe(t.ctx, o)
+	t.ended = o.Outcome == Handled || o.Outcome == Ignored || o.Outcome == GaveUp
+	r.mu.Unlock()
+	if o.Outcome == GaveUp {
+		t.result = o.Err
+	}
+	over := t.ended && r.record(t)
+	if o.Outcome != "" {
+		r.observe(t.ctx, o)
+	}
 	r.settle(t, over)
 }
 
@@ -796,26 +783,27 @@ func (r *Receiver) settle(t *task, over bool) {
 	switch {
 	case over || dead || r.closed && r.inbox != nil && !t.ended: // Shutdown came meanwhile; the inbox keeps it
 		r.forget(t)
-		if t.next != nil {
-			r.makeReady(t.next)
-		} else if t.caseID != "" {
+		if t.next == nil {
 			delete(r.tails, t.caseID)
+		} else if t.next.state != gone {
+			r.makeReady(t.next)
 		}
 	default:
 		pause := jitter(r.backoff, t.attempt, longestRest)
 		if t.ended {
 			pause = jitter(storeRest, t.records, sweepEvery)
 		}
-		if !t.spared && r.spared < r.backlog {
-			t.spared = true
-			r.spared++
-			<-r.room
+		select {
+		case r.spare <- struct{}{}:
+			<-t.room
+			t.room = r.spare
+		default:
 		}
-		t.state = waiting
+		t.state = queued
 		t.timer = time.AfterFunc(pause, func() {
 			r.mu.Lock()
 			defer r.mu.Unlock()
-			if t.state == waiting {
+			if t.state != gone {
 				r.makeReady(t)
 			}
 		})
@@ -840,33 +828,27 @@ func jitter(first time.Duration, n int, limit time.Duration) time.Duration {
 
 // forget takes t out of memory. mu is held.
 func (r *Receiver) forget(t *task) {
+	if delete(r.tasks, t.env.EventID); r.reading != nil {
+		r.reading[t.env.EventID] = struct{}{}
+	}
+	if t.state != arrived {
+		<-t.room
+	}
 	t.state = gone
-	delete(r.tasks, t.env.EventID)
-	if r.reading {
-		r.finished[t.env.EventID] = struct{}{}
-	}
-	if t.spared {
-		r.spared--
-	} else {
-		<-r.room
-	}
 }
 
 // checkWake asks for a reading of the inbox when there is room again: half of the backlog, so that a long inbox is not
 // read anew for every event. mu is held.
 func (r *Receiver) checkWake() {
-	if r.behind && !r.reading && !r.closed && len(r.room) <= r.backlog/2 {
-		select {
-		case r.wake <- struct{}{}:
-		default:
-		}
+	if r.behind && !r.failing && r.reading == nil && !r.closed && len(r.room) <= r.backlog/2 {
+		r.sweep.Reset(0)
 	}
 }
 
-// checkDrained ends the sweep when no task is left to wait for, and drained after it. mu is held.
+// checkDrained ends a reading when no task is left to wait for, and drained after it. mu is held.
 func (r *Receiver) checkDrained() {
 	if r.closed && len(r.tasks) == 0 && r.running == 0 {
-		if r.cancel(ErrClosed); !r.sweeping {
+		if r.cancel(ErrClosed); r.reading == nil {
 			r.drain()
 		}
 	}
@@ -875,16 +857,8 @@ func (r *Receiver) checkDrained() {
 // drop takes out of memory what does not run; unless all is true, not what only waits for its end to be recorded. mu is
 // held.
 func (r *Receiver) drop(all bool) (dropped []*task) {
-	r.ready, r.arrivals = slices.DeleteFunc(r.ready, func(t *task) bool { return all || !t.ended }), nil
-	clear(r.tails)
 	for _, t := range r.tasks {
-		switch {
-		case t.state == deciding:
-		case t.state == running, t.ended && !all:
-			if t.next = nil; t.caseID != "" {
-				r.tails[t.caseID] = t
-			}
-		default:
+		if t.state == arrived || t.state == queued && (all || !t.ended) {
 			if t.timer != nil {
 				t.timer.Stop()
 			}
@@ -892,6 +866,7 @@ func (r *Receiver) drop(all bool) (dropped []*task) {
 			dropped = append(dropped, t)
 		}
 	}
+	r.ready, r.arrivals = slices.DeleteFunc(r.ready, func(t *task) bool { return t.state == gone }), nil
 	return dropped
 }
 
@@ -924,103 +899,88 @@ func (r *Receiver) abandon(reason error) {
 	}
 }
 
-// sweep reads the inbox: at the start, when there is room again, and every sweepEvery, so that what dead receivers left
-// is found, and a lease renewed, even while there is no room.
-func (r *Receiver) sweep() {
-	ticker := time.NewTicker(sweepEvery)
-	defer ticker.Stop()
-	for r.alive.Err() == nil {
-		wake, again := r.wake, (<-chan time.Time)(nil)
-		if !r.readInbox() {
-			wake, again = nil, time.After(storeRest)
-		}
-		select {
-		case <-r.alive.Done():
-		case <-ticker.C:
-		case <-wake:
-		case <-again:
-		}
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.sweeping = false
-	r.checkDrained()
-}
-
-// readInbox brings the events of the inbox into memory, as far as there is room, and reports whether that met no error.
-// An id that is being decided is waited for, lest a later event of its case overtakes it; but when the inbox has been
-// read, since it may have to be free for the decision.
-func (r *Receiver) readInbox() (clean bool) {
+// readInbox brings the events of the inbox into memory, as far as there is room, and in its order; what is accepted
+// meanwhile follows. The next reading comes when there is room again, and after sweepEvery, so that what dead receivers
+// left is found, and a lease renewed, even while there is no room.
+func (r *Receiver) readInbox() {
+	start := time.Now()
 	ctx, cancel := context.WithTimeout(r.alive, sweepEvery)
 	defer cancel()
 	r.mu.Lock()
-	r.reading, r.missed, r.finished = true, false, make(map[string]struct{})
-	r.mu.Unlock()
-	clean, whole := true, true
-	var batch []*task
-	decided := make(chan struct{})
-	close(decided)
-	for env, err := range r.inbox.Pending(ctx) {
-		if r.alive.Err() != nil {
-			break
-		}
-		if err != nil {
-			clean = false
-			_ = r.storeFailed(nil, "pending", err)
-			continue
-		}
-		r.mu.Lock()
-		known := r.inMemory(env.EventID)
+	if r.reading != nil || r.alive.Err() != nil {
 		r.mu.Unlock()
-		if whole = known || r.tryRoom(); !whole {
+		return
+	}
+	wasBehind := r.behind
+	r.behind, r.reading = false, make(map[string]struct{})
+	r.mu.Unlock()
+	whole, failing := true, false
+	var undecided []*task
+	for env, err := range r.inbox.Pending(ctx) {
+		if err == nil {
+			whole = r.readBack(env, &undecided)
+		} else if failing = true; r.alive.Err() == nil {
+			_ = r.storeFailed(nil, "pending", err)
+		}
+		if whole = whole && r.alive.Err() == nil && time.Since(start) < sweepEvery/2; !whole { // lest it outlasts ctx
 			break
 		}
-		if !known {
-			batch = append(batch, &task{env: *env, ctx: context.Background(), caseID: env.caseID(), decided: decided})
+	}
+	for _, t := range undecided { // not before, since the inbox may have to be free for the decision
+		select {
+		case <-t.decided:
+		case <-ctx.Done():
 		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	stuck := false
-	for _, t := range batch {
-		id := t.env.EventID
-		first := r.tasks[id]
-		for ; first != nil && first.state == deciding && ctx.Err() == nil; first = r.tasks[id] {
-			r.mu.Unlock()
-			select {
-			case <-first.decided:
-			case <-ctx.Done():
-			}
-			r.mu.Lock()
-		}
-		if first != nil && first.state == deciding || r.missed && len(r.arrivals) > 0 {
-			stuck, whole = true, false // what follows may be of its case, or have been missed after an arrival of its own
-		}
-		if r.inMemory(id) || r.closed || stuck {
-			<-r.room
+	passed := slices.ContainsFunc(undecided, func(t *task) bool { return t.state == deciding })
+	r.behind = r.behind || !whole || passed || failing && (wasBehind || len(r.arrivals) > 0)
+	for _, t := range r.arrivals {
+		if t.state != arrived { // it was read, too
 			continue
 		}
-		r.tasks[id] = t
-		r.enqueue(t)
-	}
-	for _, t := range r.arrivals {
-		if clean && whole {
-			r.enqueue(t)
-		} else {
+		if r.behind = r.behind || !r.tryRoom(); r.behind {
 			r.forget(t) // it stays in the inbox
+		} else {
+			r.enqueue(t)
 		}
 	}
-	r.short = !whole
-	r.behind = r.missed || !whole || !clean && (r.behind || len(r.arrivals) > 0)
-	r.reading, r.arrivals, r.finished = false, nil, nil
-	r.checkWake()
-	return clean
+	r.reading, r.arrivals = nil, nil
+	if r.failing = failing; failing {
+		r.sweep.Reset(storeRest)
+	} else {
+		r.sweep.Reset(time.Until(start.Add(sweepEvery)))
+		r.checkWake()
+	}
+	r.checkDrained()
 }
 
-// inMemory reports whether the event of this id has been taken into memory; during a reading also whether it was there
-// at its beginning. mu is held.
-func (r *Receiver) inMemory(id string) bool {
-	_, over := r.finished[id]
-	t := r.tasks[id]
-	return over || t != nil && t.state != deciding
+// readBack takes an event that was read from the inbox into memory, if it is to be handled and not there, and reports
+// whether there was room. It passes over one that is being decided, and then leaves the later ones of its case.
+func (r *Receiver) readBack(env *Envelope, undecided *[]*task) (ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	t := r.tasks[env.EventID]
+	_, ended := r.reading[env.EventID]
+	switch {
+	case t == nil && !ended:
+		t = &task{env: *env, ctx: context.Background(), caseID: env.caseID(), decided: make(chan struct{})}
+		close(t.decided)
+	case t == nil || t.state == queued || t.state == running:
+		return true
+	case t.state == deciding:
+		*undecided = append(*undecided, t)
+		return true
+	}
+	switch {
+	case slices.ContainsFunc(*undecided, func(u *task) bool { return t.caseID != "" && t.caseID == u.caseID }):
+		r.behind = true
+	case r.closed || !r.tryRoom():
+		return false
+	default:
+		r.tasks[env.EventID] = t
+		r.enqueue(t)
+	}
+	return true
 }

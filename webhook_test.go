@@ -1998,21 +1998,17 @@ func ourGoroutines() (n int) {
 	return n
 }
 
-// TestNoGoroutines: none while nothing is pending, but for the sweep of an Inbox, and none at all after Shutdown.
+// TestNoGoroutines: none while nothing is pending, and none after Shutdown.
 func TestNoGoroutines(t *testing.T) {
-	for name, sweeps := range map[string]int{"deduper": 0, "inbox": 1} {
+	for name, opts := range map[string][]Option{"deduper": nil, "inbox": {WithInbox(new(fakeInbox))}} {
 		inBubble(t, name, func(t *testing.T) {
-			var opts []Option
-			if sweeps > 0 {
-				opts = append(opts, WithInbox(new(fakeInbox)))
-			}
 			r := newRig(t, nil, opts...)
 			for i := range 100 {
 				r.deliver(t, fmt.Sprint("evt_", i), fmt.Sprint("case_", i%10))
 			}
 			synctest.Wait()
 			expectEqual(t, "handled", r.count(Handled), 100)
-			expectEqual(t, "goroutines at rest", ourGoroutines(), sweeps)
+			expectEqual(t, "goroutines at rest", ourGoroutines(), 0)
 			if err := r.Shutdown(t.Context()); err != nil {
 				t.Fatal(err)
 			}
@@ -6974,6 +6970,52 @@ func TestInboxClaimDelivers(t *testing.T) {
 	}
 }
 
+// An event is accepted before the snapshot is taken, and another replica puts a later one of its case into that.
+func TestInboxArrivalIsNotOvertakenByAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := &lateInbox{fakeInbox: new(fakeInbox)}
+		var r *rig
+		in.before = func() {
+			if len(in.readings()) == 1 {
+				r.deliver(t, "evt_0", "case_1")
+				in.change(func() { in.put("evt_1", "case_1") })
+			}
+		}
+		r = newRig(t, nil, WithInbox(in))
+		time.Sleep(11 * time.Second)
+		synctest.Wait()
+		expectList(t, "callbacks", r.called(), "evt_0", "evt_1")
+	})
+}
+
+// An event is read from the inbox while its claim has not returned: what the inbox has of other cases goes on, what it
+// has of the same case waits.
+func TestInboxUndecidedHoldsItsCaseOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		answer := make(chan error)
+		in := &lateInbox{fakeInbox: &fakeInbox{onClaim: func(context.Context, *Envelope) error { return <-answer }}}
+		var r *rig
+		var first <-chan delivery
+		in.before = func() {
+			if len(in.readings()) == 0 {
+				first = r.deliverAsync("evt_0", "case_1")
+				synctest.Wait() // it is stored
+				in.change(func() {
+					in.put("evt_1", "case_1")
+					in.put("evt_2", "case_2")
+				})
+			}
+		}
+		r = newRig(t, nil, WithInbox(in))
+		time.Sleep(time.Second)
+		expectList(t, "callbacks before the claim has returned", r.called(), "evt_2")
+		answer <- nil
+		<-first
+		synctest.Wait()
+		expectList(t, "callbacks", r.called(), "evt_2", "evt_0", "evt_1")
+	})
+}
+
 // As on Windows: an open file can be neither renamed nor removed.
 func TestRow09OpenFilesStay(t *testing.T) {
 	medium := newDisk()
@@ -7128,4 +7170,72 @@ func TestInboxIsNotStarved(t *testing.T) {
 			expectEqual(t, "handled in the end", len(r.called()), 500)
 		})
 	}
+}
+
+// The callbacks keep pace with a reading, so that it need not end for want of room; it may not outlast its context, nor
+// the lease of a shared store.
+func TestInboxLongReading(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := new(fakeInbox)
+		var want []string
+		for i := range 300 {
+			want = append(want, fmt.Sprint("evt_", i))
+			in.put(want[i], "case_1")
+		}
+		in.onYield = func(int, string) { time.Sleep(100 * time.Millisecond) }
+		r := newRig(t, nil, WithInbox(in), WithBacklog(4))
+		time.Sleep(time.Minute)
+		expectList(t, "called", r.called(), want...)
+		expectEqual(t, "store failures", r.count(StoreFailed), 0)
+		last := in.readings()[0]
+		for _, at := range in.readings() {
+			if at.Sub(last) > 10*time.Second {
+				t.Errorf("no reading for %v", at.Sub(last))
+			}
+			last = at
+		}
+	})
+}
+
+// A duplicate of an event that was accepted during a reading is undecided when that ends.
+func TestInboxDuplicateOfArrival(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in, goOn, slow := new(fakeInbox), make(chan bool), make(chan bool)
+		claims := 0
+		in.onClaim = func(_ context.Context, env *Envelope) error {
+			if env.EventID == "evt_1" {
+				if claims++; claims == 2 {
+					<-slow
+				}
+			}
+			return nil
+		}
+		in.onPending = func(call int) error {
+			if call == 1 {
+				<-goOn
+			}
+			return nil
+		}
+		r := newRig(t, func(context.Context, *Envelope) error { time.Sleep(time.Second); return nil }, WithInbox(in))
+		synctest.Wait()
+		r.deliver(t, "evt_1", "case_1")
+		duplicate := r.deliverAsync("evt_1", "case_1")
+		synctest.Wait()
+		r.deliver(t, "evt_2", "case_2")
+		later := r.deliverAsync("evt_3", "case_1") // behind the duplicate
+		close(goOn)
+		time.Sleep(3 * time.Second)
+		close(slow)
+		if d := <-duplicate; d.fresh || d.err != nil {
+			t.Errorf("the duplicate: %+v", d)
+		}
+		if d := <-later; !d.fresh || d.err != nil {
+			t.Errorf("evt_3: %+v", d)
+		}
+		time.Sleep(time.Minute)
+		called := slices.DeleteFunc(r.called(), func(id string) bool { return id == "evt_2" })
+		expectList(t, "case_1", called, "evt_1", "evt_3")
+		expectEqual(t, "handled", r.count(Handled), 3)
+		expectList(t, "in the store", in.pending())
+	})
 }
