@@ -6973,16 +6973,15 @@ func TestInboxClaimDelivers(t *testing.T) {
 // An event is accepted before the snapshot is taken, and another replica puts a later one of its case into that.
 func TestInboxArrivalIsNotOvertakenByAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		in := &lateInbox{fakeInbox: new(fakeInbox)}
-		var r *rig
+		in, rigs := &lateInbox{fakeInbox: new(fakeInbox)}, make(chan *rig, 1)
 		in.before = func() {
-			if len(in.readings()) == 1 {
-				r.deliver(t, "evt_0", "case_1")
+			if len(in.readings()) == 0 {
+				(<-rigs).deliver(t, "evt_0", "case_1")
 				in.change(func() { in.put("evt_1", "case_1") })
 			}
 		}
-		r = newRig(t, nil, WithInbox(in))
-		time.Sleep(11 * time.Second)
+		r := newRig(t, nil, WithInbox(in))
+		rigs <- r
 		synctest.Wait()
 		expectList(t, "callbacks", r.called(), "evt_0", "evt_1")
 	})
@@ -6994,23 +6993,23 @@ func TestInboxUndecidedHoldsItsCaseOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		answer := make(chan error)
 		in := &lateInbox{fakeInbox: &fakeInbox{onClaim: func(context.Context, *Envelope) error { return <-answer }}}
-		var r *rig
-		var first <-chan delivery
+		rigs, first := make(chan *rig, 1), make(chan (<-chan delivery), 1)
 		in.before = func() {
 			if len(in.readings()) == 0 {
-				first = r.deliverAsync("evt_0", "case_1")
-				synctest.Wait() // it is stored
+				first <- (<-rigs).deliverAsync("evt_0", "case_1")
+				time.Sleep(time.Second) // it is stored
 				in.change(func() {
 					in.put("evt_1", "case_1")
 					in.put("evt_2", "case_2")
 				})
 			}
 		}
-		r = newRig(t, nil, WithInbox(in))
-		time.Sleep(time.Second)
+		r := newRig(t, nil, WithInbox(in))
+		rigs <- r
+		time.Sleep(2 * time.Second)
 		expectList(t, "callbacks before the claim has returned", r.called(), "evt_2")
 		answer <- nil
-		<-first
+		<-<-first
 		synctest.Wait()
 		expectList(t, "callbacks", r.called(), "evt_2", "evt_0", "evt_1")
 	})
