@@ -69,7 +69,7 @@ func (m *Memory) Claim(_ context.Context, env *Envelope) (fresh bool, err error)
 	d := digestOf(env.EventID)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.done.expire(time.Now().Add(-cmp.Or(m.TTL, 24*time.Hour)))
+	m.done.expire(time.Now().Add(-cmp.Or(max(m.TTL, 0), 24*time.Hour)))
 	if _, held := m.claimed[d]; held || m.done.has(d) {
 		return false, nil
 	}
@@ -99,7 +99,7 @@ func (m *Memory) Done(_ context.Context, env *Envelope, err error) error {
 
 // shrink keeps to Limit. An id being handled never goes (promise 3).
 func (m *Memory) shrink() {
-	for m.done.len() > 0 && m.done.len()+len(m.claimed) > cmp.Or(m.Limit, 1_000_000) {
+	for m.done.len() > 0 && m.done.len()+len(m.claimed) > cmp.Or(max(m.Limit, 0), 1_000_000) {
 		m.done.drop()
 	}
 }
@@ -228,7 +228,7 @@ func OpenJournal(dir string, retention time.Duration) (*Journal, error) {
 }
 
 func openJournal(d disk, dir string, retention time.Duration) (*Journal, error) {
-	retention = cmp.Or(retention, 30*24*time.Hour)
+	retention = cmp.Or(max(retention, 0), 30*24*time.Hour)
 	for tries := 100; ; tries-- {
 		j := &Journal{disk: d, dir: dir, retention: retention, claims: make(map[digest]*claim)}
 		err := j.open()
@@ -501,8 +501,8 @@ func (j *Journal) settle(g *group, err error) {
 	close(g.synced)
 }
 
-// owns returns an error unless the last file is the newest. Files are made exclusively, under a number that is higher than
-// any, and go when newer ones have all that is alive. So whoever takes over after this look reads what was synced
+// owns returns an error unless the last file is the newest. Files are made exclusively, under a number that is higher
+// than any, and go when newer ones have all that is alive. So whoever takes over after this look reads what was synced
 // before it. mu is held.
 func (j *Journal) owns() error {
 	if j.closed != nil {

@@ -7238,3 +7238,63 @@ func TestInboxDuplicateOfArrival(t *testing.T) {
 		expectList(t, "in the store", in.pending())
 	})
 }
+
+// A copy that failed cannot be removed either. The next try is not stopped by it.
+func TestRow07FailedCopyStays(t *testing.T) {
+	d := newDisk().process()
+	j := openOn(t, d, 0)
+	d.failWhere(func(op, path string) bool { return op == "sync" || op == "remove" })
+	for i := range 3 {
+		if _, err := j.Claim(t.Context(), journalEvent(fmt.Sprint(i), 0, 0)); err == nil {
+			t.Error("acknowledged although the fsync failed")
+		}
+	}
+	d.hook = nil
+	journalClaimed(t, j, "evt")
+}
+
+// A compaction begins while claims wait for the fsync after the one that runs. Later claims are in another file.
+func TestRow09CompactionBesideAnFsync(t *testing.T) {
+	medium := newDisk()
+	d := medium.process()
+	j := openOn(t, d, 0)
+	entered, release := make(chan bool), make(chan bool)
+	var first sync.Once
+	d.onSync(func() { first.Do(func() { close(entered); <-release }) })
+	var claims sync.WaitGroup
+	claim := func(id string) { claims.Go(func() { journalClaimed(t, j, id) }) }
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for start := time.Now(); ; time.Sleep(time.Millisecond) {
+			j.mu.Lock()
+			done := ok()
+			j.mu.Unlock()
+			if done {
+				return
+			}
+			if time.Since(start) > 10*time.Second {
+				t.Fatal("never ", what)
+			}
+		}
+	}
+	claim("evt_0")
+	<-entered
+	claim("evt_1")
+	until("waiting", func() bool { return len(j.claims) == 2 && j.group != nil })
+	gen := j.last().gen
+	claims.Go(func() {
+		if err := journalCompact(j); err != nil {
+			t.Error(err)
+		}
+	})
+	until("in a new file", func() bool { return j.last().gen > gen })
+	claim("evt_2")
+	until("waiting", func() bool { return len(j.claims) == 3 })
+	close(release)
+	claims.Wait()
+	d.die()
+	medium.losePower(rand.New(rand.NewPCG(1, 1)), 0)
+	ids := journalPending(t, openOn(t, medium.process(), 0))
+	slices.Sort(ids)
+	expectList(t, "acknowledged", ids, "evt_0", "evt_1", "evt_2")
+}
