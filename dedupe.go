@@ -262,7 +262,7 @@ func (j *Journal) Close() (err error) {
 	defer j.mu.Unlock()
 	j.refuse(j.closed)
 	for _, file := range j.files {
-		err = errors.Join(err, file.Sync(), file.Close())
+		err = errors.Join(err, file.bad, file.Sync(), file.Close())
 	}
 	j.files = nil
 	return named(err)
@@ -685,7 +685,7 @@ func (j *Journal) renew() (err error) {
 	if err = j.disk.syncDir(j.dir); err == nil {
 		dst.diskFile, err = j.disk.open(path, os.O_RDWR)
 	}
-	if live.bad == errNew {
+	if live.bad == errNew && (err == nil || j.disk.remove(path) != nil) {
 		live.bad = err // lest another copy goes over this one
 	}
 	if err != nil {
@@ -723,6 +723,7 @@ func (j *Journal) clear(old []*logFile, gen int) {
 		default:
 			err = j.disk.remove(j.path(n))
 		}
+		err = cmp.Or(err, j.disk.syncDir(j.dir))
 	}
 }
 
@@ -834,6 +835,9 @@ func parseRecord(line []byte) (rec record) {
 			rec.event, _ = base64.StdEncoding.DecodeString(text(value))
 		}
 	})
+	if !slices.Contains([]string{"id", "done", "sha256"}, rec.kind) {
+		rec.ids = nil // of a later version, which may mean anything
+	}
 	return rec
 }
 

@@ -7298,3 +7298,119 @@ func TestRow09CompactionBesideAnFsync(t *testing.T) {
 	slices.Sort(ids)
 	expectList(t, "acknowledged", ids, "evt_0", "evt_1", "evt_2")
 }
+
+// After a failed fsync, what follows the renaming of the copy fails too, each time: nothing piles up.
+func TestRow07FailedRenewalsPileUpNothing(t *testing.T) {
+	for _, step := range []string{"open", "syncdir"} {
+		medium := newDisk()
+		d := medium.process()
+		j := openOn(t, d, 0)
+		journalClaimed(t, j, "evt_a")
+		synced, dirs := false, 0
+		d.failWhere(func(op, _ string) bool {
+			first := op == "sync" && !synced
+			synced = synced || first
+			if op == "syncdir" {
+				dirs++
+			}
+			return first || op == step && (op == "open" || dirs%2 == 0) // the second for each copy
+		})
+		for i := range 100 {
+			if _, err := j.Claim(t.Context(), journalEvent(fmt.Sprint(i), 0, 0)); err == nil {
+				t.Error("acknowledged although the fsync failed")
+			}
+		}
+		if open := d.handles(); open > 4 || len(medium.names) > 4 {
+			t.Errorf("%s: after 100 refused claims %d files are open, %d on the disk", step, open, len(medium.names))
+		}
+	}
+}
+
+// The fsync that is under way when Close begins fails, and the disk reports that once.
+func TestRow07CloseBesideAFailingFsync(t *testing.T) {
+	medium := newDisk()
+	d := medium.process()
+	j := openOn(t, d, 0)
+	env := journalClaimed(t, j, "evt_a")
+	atSync, goOn := make(chan bool), make(chan bool)
+	var first sync.Once
+	d.hook = func(op, path string) (err error) {
+		if op == "sync" {
+			first.Do(func() {
+				close(atSync)
+				<-goOn
+				err = diskFails(op, path)
+			})
+		}
+		return err
+	}
+	if err := j.Done(t.Context(), env, nil); err != nil {
+		t.Fatal(err)
+	}
+	var ended sync.WaitGroup
+	ended.Go(func() {
+		if _, err := j.Claim(t.Context(), journalEvent("evt_b", 0, 0)); err == nil {
+			t.Error("acknowledged although the fsync failed")
+		}
+	})
+	<-atSync
+	ended.Go(func() {
+		if err := j.Close(); err == nil {
+			t.Error("Close reports nothing")
+		}
+	})
+	for closed := false; !closed; time.Sleep(time.Millisecond) {
+		j.mu.Lock()
+		closed = j.closed != nil
+		j.mu.Unlock()
+	}
+	close(goOn)
+	ended.Wait()
+}
+
+// A power loss keeps the removal of the file with the end of an event, but not that of the file with its claim, if the
+// disk may choose.
+func TestRow09RemovalsAreOrdered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		medium := newDisk()
+		j := openOn(t, medium.process(), time.Second)
+		env := journalClaimed(t, j, "evt_a")
+		if err := journalCompact(j); err != nil { // the claim is in the copy
+			t.Fatal(err)
+		}
+		if err := j.Done(t.Context(), env, nil); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * time.Second)
+		journalClaimed(t, j, "evt_b") // evt_a is over its retention: the next copy knows nothing of it
+		if err := journalCompact(j); err != nil {
+			t.Fatal(err)
+		}
+		if len(medium.unsynced) > 0 {
+			medium.unsynced = medium.unsynced[1:]
+		}
+		medium.losePower(rand.New(rand.NewPCG(1, 2)), 1)
+		expectList(t, "pending", journalPending(t, openOn(t, medium.process(), time.Second)), "evt_b")
+	})
+}
+
+// A later version may write records of other kinds.
+func TestJournalPassesOverUnknownRecords(t *testing.T) {
+	medium := newDisk()
+	j := openOn(t, medium.process(), 0)
+	journalClaimed(t, j, "evt_a")
+	j.mu.Lock()
+	for _, record := range []string{`{"note":"x"}`, `{"tries":3,"id":"evt_a","at":1}`} {
+		sum := checksum([]byte(record))
+		j.buf = append(append(append(j.buf, sum[:]...), record...), '\n')
+	}
+	err := j.write()
+	j.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+	expectList(t, "pending", journalPending(t, openOn(t, medium.process(), 0)), "evt_a")
+}
