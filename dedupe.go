@@ -134,13 +134,12 @@ func (s *idSet) has(d digest) bool {
 
 // add adds d unless it is in the set.
 func (s *idSet) add(d digest, at time.Time) {
-	if s.has(d) {
-		return
-	}
 	if s.ids == nil {
 		s.ids = make(map[digest]struct{})
 	}
-	s.ids[d] = struct{}{}
+	if s.ids[d] = struct{}{}; len(s.ids) == len(s.queue) {
+		return
+	}
 	s.queue = append(s.queue, idTime{d, uint32(at.Add(time.Second - 1).Unix())})
 }
 
@@ -610,13 +609,14 @@ func (j *Journal) replay(file *logFile) error {
 				j.reports = append(j.reports, j.damageAt(file, file.size))
 			}
 			at := time.UnixMilli(rec.at)
+			fresh := time.Since(at) < j.retention
 			for _, id := range rec.ids {
 				if c := j.claims[id]; c != nil {
 					j.end(c)
 				}
 				if rec.kind == "id" {
 					j.add(&claim{id: id, file: file, off: file.size, size: rec.size})
-				} else if time.Since(at) < j.retention {
+				} else if fresh {
 					j.done.add(id, at)
 				}
 			}
@@ -740,7 +740,7 @@ func (j *Journal) copyTo(dst *logFile, ids []idTime, claims []*claim) (offs []in
 		dst.size += int64(len(line))
 	}
 	for block := range slices.Chunk(ids, 1024) {
-		var digests []byte
+		digests := make([]byte, 0, len(block)*len(digest{}))
 		for _, id := range block {
 			digests = append(digests, id.id[:]...)
 		}
