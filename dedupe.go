@@ -782,16 +782,23 @@ type record struct {
 	event []byte
 }
 
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
 // checksum returns what stands before json in a line.
-func checksum(json []byte) [9]byte {
-	crc := crc32.Checksum(json, crc32.MakeTable(crc32.Castagnoli))
-	return [9]byte(append(hex.AppendEncode(nil, binary.BigEndian.AppendUint32(nil, crc)), ' '))
+func checksum(json []byte) (sum [9]byte) {
+	var crc [4]byte
+	binary.BigEndian.PutUint32(crc[:], crc32.Checksum(json, castagnoli))
+	hex.Encode(sum[:], crc[:])
+	sum[8] = ' '
+	return sum
 }
 
 func appendRecord(buf []byte, kind, text string, at int64, event []byte) []byte {
 	start := len(buf)
 	quoted, _ := json.Marshal(text)
-	buf = fmt.Appendf(buf, `00000000 {"%s":%s,"at":%d`, kind, quoted, at)
+	buf = append(append(buf, "00000000 {\""...), kind...)
+	buf = append(append(buf, "\":"...), quoted...)
+	buf = strconv.AppendInt(append(buf, `,"at":`...), at, 10)
 	if bytes.IndexByte(event, '\n') >= 0 || len(bytes.TrimSpace(event)) < len(event) {
 		buf = append(base64.StdEncoding.AppendEncode(append(buf, `,"base64":"`...), event), '"')
 	} else if event != nil {

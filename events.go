@@ -242,17 +242,18 @@ func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 	for {
 		if n := len(closers); n > 0 && closers[n-1] == '}' {
 			end := scanString(b, i)
-			colon := skipSpace(b, max(end, i))
-			if end < 0 || at(b, colon) != ':' {
+			if end < 0 {
 				return -1
 			}
 			if n == 1 {
-				name = b[i+1 : end-1]
+				if name = b[i+1 : end-1]; bytes.IndexByte(name, '\\') >= 0 {
+					name = []byte(text(b[i:end]))
+				}
 			}
-			if n == 1 && bytes.IndexByte(name, '\\') >= 0 {
-				name = []byte(text(b[i:end]))
+			if i = skipSpace(b, end); at(b, i) != ':' {
+				return -1
 			}
-			i = skipSpace(b, colon+1)
+			i = skipSpace(b, i+1)
 		}
 		if len(closers) == 1 {
 			start = i

@@ -63,7 +63,7 @@ func Handler(cb Callbacks, opts ...Option) *Receiver {
 	r.lobby = make(chan struct{}, r.backlog)
 	if r.inbox != nil {
 		r.behind = true
-		r.sweep = time.AfterFunc(sweepEvery, r.readInbox)
+		r.sweep = time.AfterFunc(sweepEvery, r.readInbox) // not at once, since a reading uses r.sweep
 		r.sweep.Reset(0)
 	}
 	return r
