@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -141,21 +143,78 @@ type CaseInputNeeded struct {
 
 // decode reads the payload of env into a new T. Its error names the field and never quotes the payload.
 func decode[T any](env *Envelope) (*T, error) {
-	if len(env.Data) == 0 || env.Data[0] != '{' {
+	if at(env.Data, 0) != '{' {
 		return nil, errors.New("offloadhook: data is missing or not an object")
 	}
 	payload := new(T)
-	err := json.Unmarshal(env.Data, payload)
+	field, err := fill(reflect.ValueOf(payload).Elem(), env.Data)
 	if mismatch := (*json.UnmarshalTypeError)(nil); errors.As(err, &mismatch) {
-		kind, _, _ := strings.Cut(mismatch.Value, " ") // "number 12" would quote the payload
-		field := strings.TrimPrefix(mismatch.Field, "Case.")
-		return nil, fmt.Errorf("offloadhook: data does not fit: %s is a JSON %s, want %s", field, kind, mismatch.Type)
+		kind, _, _ := strings.Cut(mismatch.Value, " ") // of "number 12", which would quote the payload
+		return nil, fmt.Errorf("offloadhook: data does not fit: %s is a JSON %s, want %s", field[1:], kind, mismatch.Type)
 	}
 	if err != nil {
 		return nil, errors.New("offloadhook: data does not decode")
 	}
 	return payload, nil
 }
+
+// fill decodes value into v. It does what encoding/json does, which would take most of the time of a delivery, but that
+// names match exactly, raw values share the memory of the body, a doubled array replaces the first, and the first error,
+// which is about field, ends it.
+func fill(v reflect.Value, value []byte) (field string, err error) {
+	end := len(value)
+	switch first := at(value, 0); {
+	case v.Type() == reflect.TypeFor[json.RawMessage]():
+		v.SetBytes(value)
+	case v.Kind() == reflect.String && first == '"':
+		v.SetString(text(value))
+	case v.Kind() == reflect.Struct && first == '{':
+		fields := fieldsOf(v.Type())
+		end = scan(value, 0, nesting, func(name, value []byte) {
+			if index, known := fields[string(name)]; known && err == nil {
+				if field, err = fill(v.FieldByIndex(index), value); err != nil {
+					field = "." + string(name) + field
+				}
+			}
+		})
+	case v.Kind() == reflect.Slice && first == '[':
+		v.Set(reflect.MakeSlice(v.Type(), 0, 0)) // not nil, as for absent and null
+		end = scan(value, 0, nesting, func(_, value []byte) {
+			if n := v.Len(); err == nil {
+				v.Grow(1)
+				v.SetLen(n + 1)
+				field, err = fill(v.Index(n), value)
+			}
+		})
+	default:
+		n, other := strconv.ParseInt(string(value), 10, 64)
+		if other != nil || !v.CanInt() || v.OverflowInt(n) {
+			return "", json.Unmarshal(value, v.Addr().Interface())
+		}
+		v.SetInt(n)
+	}
+	if err == nil && (end < 0 || skipSpace(value, end) < len(value)) {
+		err = ErrMalformed
+	}
+	return field, err
+}
+
+// fieldsOf returns the fields of a struct, by their names in JSON.
+func fieldsOf(t reflect.Type) map[string][]int {
+	if fields, found := structFields.Load(t); found {
+		return fields.(map[string][]int)
+	}
+	fields := make(map[string][]int)
+	for _, field := range reflect.VisibleFields(t) {
+		if name, _, _ := strings.Cut(field.Tag.Get("json"), ","); name != "" {
+			fields[name] = field.Index
+		}
+	}
+	structFields.Store(t, fields)
+	return fields
+}
+
+var structFields sync.Map
 
 // caseID returns the caseId of the event's data, "" where there is none. As in encoding/json, the last one counts.
 func (env *Envelope) caseID() (id string) {
@@ -233,7 +292,7 @@ func text(value []byte) string {
 const nesting = 10_000
 
 // scan returns the index behind the JSON value that starts at b[i], or -1 if none does or it is nested deeper than that.
-// If it is an object, member is called with each of its members as they are met.
+// member is called with each member of an object, or with each element of an array and no name, as they are met.
 func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 	var room [64]byte
 	closers := room[:0] // of what is open; with recursion, short bodies would make large stacks
@@ -272,11 +331,12 @@ func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 			}
 			i = inside + 1
 		default: // a number, true, false, or null
-			end := i
-			for strings.IndexByte(",]} \t\r\n\x00", at(b, end)) < 0 {
+			end, digits := i, '1' <= first && first <= '9'
+			for c := first; c > ' ' && c != ',' && c != ']' && c != '}'; c = at(b, end) {
+				digits = digits && '0' <= c && c <= '9'
 				end++
 			}
-			if !json.Valid(b[i:end]) {
+			if !digits && !json.Valid(b[i:end]) {
 				return -1
 			}
 			i = end
@@ -286,7 +346,7 @@ func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 			if i < 0 || n == 0 {
 				return i
 			}
-			if n == 1 && name != nil && member != nil {
+			if n == 1 && member != nil {
 				member(name, b[start:i:i])
 			}
 			if i = skipSpace(b, i); at(b, i) != closers[n-1] {

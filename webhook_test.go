@@ -24,6 +24,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"runtime/metrics"
 	"slices"
@@ -1127,6 +1128,83 @@ func TestRetry(t *testing.T) {
 		expectEqual(t, "handled", r.count(Handled), 20)
 		expectEqual(t, "waited", time.Since(start), 0)
 	})
+}
+
+// TestDecodeAsJSON: a payload decodes as encoding/json would decode it, and is refused where that refuses it.
+func TestDecodeAsJSON(t *testing.T) {
+	rounds := 20_000
+	if journalFull {
+		rounds = 2_000_000
+	}
+	for i := range rounds {
+		switch data := randomPayload(rand.New(rand.NewPCG(1, uint64(i)))); i % 3 {
+		case 0:
+			testDecode[CaseCompleted](t, data)
+		case 1:
+			testDecode[CaseFailed](t, data)
+		case 2:
+			testDecode[CaseInputNeeded](t, data)
+		}
+	}
+}
+
+func testDecode[T any](t *testing.T, data []byte) {
+	t.Helper()
+	var want T
+	wantErr := json.Unmarshal(data, &want)
+	got, err := decode[T](&Envelope{Data: data})
+	if (err == nil) != (wantErr == nil) {
+		t.Fatalf("%s: %v, by encoding/json: %v", data, err, wantErr)
+	}
+	if err == nil && !reflect.DeepEqual(*got, want) {
+		t.Fatalf("%s: %#v, by encoding/json: %#v", data, *got, want)
+	}
+	mismatch := (*json.UnmarshalTypeError)(nil)
+	if errors.As(wantErr, &mismatch) {
+		field := strings.TrimPrefix(mismatch.Field, "Case.")
+		if want := fmt.Sprintf(": %s is a JSON ", field); !strings.Contains(err.Error(), want) {
+			t.Fatalf("%s: %v, by encoding/json: %v", data, err, wantErr)
+		}
+	}
+}
+
+// randomPayload returns an object with names that the payloads know, and values that fit them more often than not.
+func randomPayload(random *rand.Rand) []byte {
+	names := map[string]string{
+		"caseId": "string", "clientReferenceId": "string", "status": "string", "channel": "string", "attemptCount": "number",
+		"attachments": "array", "resultStatus": "string", "metadata": "object", "result": "object", "failureReason": "string",
+		"inputRequest": "string", "inputRequestId": "string", "inputRequestStatus": "string", "inputRequestedAt": "number",
+		"": "null", "unknown": "object", `case\u0049d`: "string", `a\"b`: "string", "\x80": "string",
+	}
+	values := map[string][]string{
+		"string": {`""`, `"text"`, `"\u00e9\n\"\\"`, `"\ud800"`, "\"\x80\"", `"ü"`, `"12"`},
+		"number": {"0", "7", "-3", "1.0", "1e2", "-0", "9223372036854775807", "9223372036854775808", "0.5", "1E+2"},
+		"object": {"{}", `{"a":[{}],"b": null}`, `{"caseId":"inner"}`},
+		"array": {"[]", "[ null ]", "[1]", "[[]]", `["a"]`, `[{}, {"size":12,"name":"n"}]`, `[{"size":"12"}]`, `[{"size":1.5},{"name":1}]`,
+			` [{"attachmentId":"a","name":"b","size":3,"type":"c","messageId":"d","inboxId":"e","receivedAt":4},{"x":[1]}]`},
+		"null": {"null"},
+		"bool": {"true", "false"},
+	}
+	kinds := slices.Sorted(maps.Keys(values))
+	keys := slices.Sorted(maps.Keys(names))
+	pick := func(list []string) string { return list[random.IntN(len(list))] }
+	space := func() string { return pick([]string{"", "", "", " ", "\n\t"}) }
+	text := "{" + space()
+	for i := range random.IntN(6) {
+		if i > 0 {
+			text += "," + space()
+		}
+		name := pick(keys)
+		if strings.Contains(text, `"attachments"`) && name == "attachments" {
+			name = "status" // encoding/json would merge the two
+		}
+		kind := names[name]
+		if random.IntN(6) == 0 {
+			kind = pick(kinds)
+		}
+		text += `"` + name + `"` + space() + ":" + space() + pick(values[kind]) + space()
+	}
+	return []byte(text + "}" + space())
 }
 
 // TestNoCallback: an unknown type is done then. Drifted data is given up at once, so that an Inbox keeps it.
