@@ -1168,6 +1168,57 @@ func testDecode[T any](t *testing.T, data []byte) {
 	}
 }
 
+// FuzzDecode compares with encoding/json, but for what that does otherwise on purpose: it folds the case of names, and
+// merges doubled arrays.
+func FuzzDecode(f *testing.F) {
+	files, err := filepath.Glob("testdata/*.json")
+	if err != nil || len(files) == 0 {
+		f.Fatalf("%d files, %v", len(files), err)
+	}
+	for _, file := range files {
+		body, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		env, err := ParseEnvelope(body)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add([]byte(env.Data))
+	}
+	for i := range uint64(50) {
+		f.Add(randomPayload(rand.New(rand.NewPCG(2, i))))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if at(data, 0) != '{' || !json.Valid(data) || otherwiseByJSON(data) {
+			return
+		}
+		testDecode[CaseCompleted](t, data)
+		testDecode[CaseFailed](t, data)
+		testDecode[CaseInputNeeded](t, data)
+	})
+}
+
+func otherwiseByJSON(data []byte) (otherwise bool) {
+	arrays := 0
+	known := slices.Concat(slices.Collect(maps.Keys(fieldsOf(reflect.TypeFor[CaseCompleted]()))),
+		slices.Collect(maps.Keys(fieldsOf(reflect.TypeFor[CaseFailed]()))),
+		slices.Collect(maps.Keys(fieldsOf(reflect.TypeFor[CaseInputNeeded]()))),
+		slices.Collect(maps.Keys(fieldsOf(reflect.TypeFor[Attachment]()))))
+	var look func(name, value []byte)
+	look = func(name, value []byte) {
+		otherwise = otherwise || slices.ContainsFunc(known, func(field string) bool {
+			return field != string(name) && strings.EqualFold(field, string(name))
+		})
+		if string(name) == "attachments" {
+			arrays++
+		}
+		scan(value, 0, nesting, look)
+	}
+	scan(data, 0, nesting, look)
+	return otherwise || arrays > 1
+}
+
 // randomPayload returns an object with names that the payloads know, and values that fit them more often than not.
 func randomPayload(random *rand.Rand) []byte {
 	names := map[string]string{
