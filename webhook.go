@@ -750,7 +750,7 @@ func (r *Receiver) finish(t *task, o Observation) {
 	case r.alive.Err() != nil:
 		o.Outcome = "" // abandon has reported it
 	case r.closed && r.inbox != nil:
-		o.Outcome = Unfinished // the inbox keeps it
+		o.Outcome, t.result = Unfinished, ErrClosed // the inbox keeps it; abandon need not report it again
 	case t.attempt == r.attempts:
 		o.Outcome = GaveUp
 	}
@@ -883,7 +883,7 @@ func (r *Receiver) abandon(reason error) {
 	left := slices.DeleteFunc(r.drop(true), func(t *task) bool { return t.ended || r.inbox != nil })
 	waiting := len(left)
 	for _, t := range r.tasks {
-		if t.state == running && !t.ended {
+		if t.state == running && !t.ended && t.result == nil {
 			left = append(left, t)
 		}
 	}

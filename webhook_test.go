@@ -2801,6 +2801,28 @@ func TestInboxShutdown(t *testing.T) {
 		expectList(t, "in the store", in.pending())
 	})
 
+	// An event that failed while draining has been reported when the deadline comes.
+	inBubble(t, "reports once", func(t *testing.T) {
+		var r *rig
+		r = newRig(t, func(context.Context, *Envelope) error { time.Sleep(time.Second); return errTest },
+			WithInbox(new(fakeInbox)), WithObserver(func(ctx context.Context, o Observation) {
+				r.record(ctx, o)
+				if o.Outcome == Unfinished {
+					time.Sleep(time.Minute)
+				}
+			}))
+		synctest.Wait()
+		r.deliver(t, "evt_1", "case_1")
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		if err := r.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Shutdown = %v", err)
+		}
+		time.Sleep(time.Hour)
+		expectList(t, "evt_1", r.outcomes("evt_1"), Accepted, Unfinished)
+	})
+
 	inBubble(t, "at its deadline", func(t *testing.T) {
 		in := new(fakeInbox)
 		r := newRig(t, func(ctx context.Context, _ *Envelope) error { <-ctx.Done(); return ctx.Err() },
