@@ -53,18 +53,6 @@ type Envelope struct {
 	Raw       []byte          `json:"-"`          // the body exactly as received
 }
 
-// ParseEnvelope reads the envelope of one event, without copying body. It refuses only what cannot be an event, with an
-// error that wraps ErrMalformed and never quotes the body: text that is not exactly one JSON object (nested 10,000 deep
-// at most), and an event_id that is missing, doubled or unusable. Everything else may drift without costing an event
-// (promise 6).
-func ParseEnvelope(body []byte) (*Envelope, error) {
-	env := new(Envelope)
-	if err := env.parse(body); err != nil {
-		return nil, err
-	}
-	return env, nil
-}
-
 // EventID returns the id that Offload gives to the event of type t for the update of a case at updatedAt:
 // evt_<caseId>_<type with . as _>_<ms>. A poller that reads a case can so tell which event it would have received.
 func EventID(caseID string, t EventType, updatedAt Millis) string {
@@ -226,9 +214,12 @@ func (env *Envelope) caseID() (id string) {
 	return id
 }
 
-// parse fills env from body, in one pass: encoding/json would take three.
-func (env *Envelope) parse(body []byte) error {
-	*env = Envelope{Raw: body}
+// ParseEnvelope reads the envelope of one event, without copying body. It refuses only what cannot be an event, with an
+// error that wraps ErrMalformed and never quotes the body: text that is not exactly one JSON object (nested 10,000 deep
+// at most), and an event_id that is missing, doubled or unusable. Everything else may drift without costing an event
+// (promise 6).
+func ParseEnvelope(body []byte) (*Envelope, error) {
+	env := &Envelope{Raw: body}
 	var id []byte
 	ids := 0
 	start := skipSpace(body, 0)
@@ -250,13 +241,13 @@ func (env *Envelope) parse(body []byte) error {
 	})
 	switch {
 	case end < 0 || at(body, start) != '{' || skipSpace(body, end) < len(body):
-		return fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
+		return nil, fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
 	case ids != 1:
-		return fmt.Errorf("%w: event_id %s", ErrMalformed, []string{"is missing", "", "occurs twice"}[min(ids, 2)])
+		return nil, fmt.Errorf("%w: event_id %s", ErrMalformed, []string{"is missing", "", "occurs twice"}[min(ids, 2)])
 	case !usableID(env.EventID) || !utf8.Valid(id) || halfPair(id, env.EventID):
-		return fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
+		return nil, fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
 	}
-	return nil
+	return env, nil
 }
 
 // usableID reports whether id can serve as an event's id: in a log line, as a database key, in a line of the journal.

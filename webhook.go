@@ -417,7 +417,7 @@ func refuse(w http.ResponseWriter, err error) {
 
 // task is an event on its way from the claim to the record of its end.
 type task struct {
-	env     Envelope
+	env     *Envelope
 	ctx     context.Context // of the request, without its cancellation; Background for an event from the inbox
 	caseID  string
 	state   state
@@ -447,10 +447,10 @@ const (
 func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte, err error) (fresh bool, _ error) {
 	t, o := &task{ctx: context.WithoutCancel(ctx), decided: make(chan struct{})}, Observation{Outcome: Refused, Body: body}
 	if err == nil {
-		err = t.env.parse(body)
+		t.env, err = ParseEnvelope(body)
 	}
 	if err == nil {
-		o.Envelope, t.caseID = &t.env, t.env.caseID()
+		o.Envelope, t.caseID = t.env, t.env.caseID()
 		fresh, err = r.accept(t)
 	}
 	if fresh {
@@ -499,7 +499,7 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 	}()
 	ctx, cancel := r.storeContext(t.ctx)
 	defer cancel()
-	fresh, err = r.store.Claim(ctx, &t.env)
+	fresh, err = r.store.Claim(ctx, t.env)
 	if before != nil { // a replica that shares the inbox may have acknowledged it already
 		select {
 		case <-before.decided:
@@ -540,7 +540,7 @@ func (r *Receiver) storeContext(ctx context.Context) (context.Context, context.C
 func (r *Receiver) done(ctx context.Context, t *task, result error) error {
 	ctx, cancel := r.storeContext(ctx)
 	defer cancel()
-	err := r.store.Done(ctx, &t.env, result)
+	err := r.store.Done(ctx, t.env, result)
 	if err != nil {
 		err = r.storeFailed(t, "done", err)
 	}
@@ -555,7 +555,7 @@ func (r *Receiver) storeFailed(t *task, step string, err error) error {
 	err = fmt.Errorf("offloadhook: %s: %w", step, err)
 	o, ctx := Observation{Outcome: StoreFailed, Err: err}, r.alive
 	if t != nil {
-		o.Envelope, o.Body, o.Attempt, ctx = &t.env, t.env.Raw, t.attempt, t.ctx
+		o.Envelope, o.Body, o.Attempt, ctx = t.env, t.env.Raw, t.attempt, t.ctx
 	}
 	r.observe(ctx, o)
 	if r.inbox != nil && errors.Is(err, ErrClosed) {
@@ -682,12 +682,12 @@ func (r *Receiver) run(t *task) {
 		if v := recover(); v != nil {
 			err = &PanicError{v, debug.Stack()}
 		}
-		r.finish(t, Observation{outcome, &t.env, t.env.Raw, t.attempt, time.Since(start), err})
+		r.finish(t, Observation{outcome, t.env, t.env.Raw, t.attempt, time.Since(start), err})
 		if err == errGoexit { // which ends this goroutine
 			go r.work()
 		}
 	}()
-	outcome, err = r.cb.call(&callbackContext{r.alive, t.ctx}, &t.env)
+	outcome, err = r.cb.call(&callbackContext{r.alive, t.ctx}, t.env)
 }
 
 // callbackContext has the end of a receiver and the values of a request.
@@ -895,7 +895,7 @@ func (r *Receiver) abandon(reason error) {
 		if i < waiting {
 			_ = r.done(ctx, t, ErrClosed)
 		}
-		r.observe(t.ctx, Observation{Unfinished, &t.env, t.env.Raw, t.attempt, 0, reason})
+		r.observe(t.ctx, Observation{Unfinished, t.env, t.env.Raw, t.attempt, 0, reason})
 	}
 }
 
@@ -965,7 +965,8 @@ func (r *Receiver) readBack(env *Envelope, undecided *[]*task) (ok bool) {
 	_, ended := r.reading[env.EventID]
 	switch {
 	case t == nil && !ended:
-		t = &task{env: *env, ctx: context.Background(), caseID: env.caseID(), decided: make(chan struct{})}
+		copied := *env // which is the inbox's to use again
+		t = &task{env: &copied, ctx: context.Background(), caseID: env.caseID(), decided: make(chan struct{})}
 		close(t.decided)
 	case t == nil || t.state == queued || t.state == running:
 		return true
