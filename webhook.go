@@ -30,6 +30,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -965,7 +966,10 @@ func (r *Receiver) readBack(env *Envelope, undecided *[]*task) (ok bool) {
 	_, ended := r.reading[env.EventID]
 	switch {
 	case t == nil && !ended:
-		copied := *env // which is the inbox's to use again
+		copied := *env                // which is the inbox's to use again
+		if !json.Valid(copied.Data) { // it need not be of ParseEnvelope
+			copied.Data = nil
+		}
 		t = &task{env: &copied, ctx: context.Background(), caseID: env.caseID(), decided: make(chan struct{})}
 		close(t.decided)
 	case t == nil || t.state == queued || t.state == running:
