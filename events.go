@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -203,7 +204,7 @@ var structFields sync.Map
 // caseID returns the caseId of the event's data, "" where there is none. As in encoding/json, the last one counts.
 func (env *Envelope) caseID() (id string) {
 	scan(env.Data, func(name, value []byte) {
-		if string(name) == "caseId" {
+		if string(name) == "caseId" && string(value) != "null" {
 			id = text(value)
 		}
 	})
@@ -215,7 +216,7 @@ func (env *Envelope) caseID() (id string) {
 // at most), and an event_id that is missing, doubled or unusable. Everything else may drift without costing an event
 // (promise 6).
 func ParseEnvelope(body []byte) (*Envelope, error) {
-	env := &Envelope{Raw: body}
+	env := &Envelope{Raw: slices.Clip(body)}
 	var id []byte
 	ids := 0
 	if !json.Valid(body) || bytes.TrimSpace(body)[0] != '{' {

@@ -30,7 +30,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -143,7 +142,8 @@ func (r *Receiver) Deliver(ctx context.Context, body []byte) (fresh bool, err er
 
 // Shutdown refuses new events and waits for those in hand: all that were accepted, or with an Inbox the running ones,
 // since it keeps the others. When ctx ends it cancels the callbacks, reports what is left as Unfinished, and returns
-// the error of ctx. Call it when the HTTP server has stopped, and close the Inbox after it.
+// the error of ctx, at most 5 s later if a plain Deduper is slow to open the ids of what waits. Call it when the HTTP
+// server has stopped, and close the Inbox after it.
 func (r *Receiver) Shutdown(ctx context.Context) error {
 	r.mu.Lock()
 	r.closed = true
@@ -232,8 +232,8 @@ func WithFailClosed() Option {
 }
 
 // WithObserver sets what is told of every outcome. f is called in line and concurrently, so that Handled may come before
-// the Accepted of the same event; it must return quickly and must not panic. The default logs the problems to
-// slog.Default, without the bodies.
+// the Accepted of the same event; it must return quickly, must not panic, and must not deliver the event of a
+// StoreFailed. The default logs the problems to slog.Default, without the bodies.
 func WithObserver(f func(context.Context, Observation)) Option {
 	return optionIf(f != nil, "WithObserver wants a function", func(r *Receiver) { r.observe = f })
 }
@@ -257,7 +257,7 @@ const (
 	Accepted    Outcome = "accepted"     // got a 202
 	Duplicate   Outcome = "duplicate"    // got a 200
 	Refused     Outcome = "refused"      // got a 4xx or a 503: the event is lost unless the body is kept
-	Handled     Outcome = "handled"      // its callback returned nil, and Done knows; Err is set where the data did not fit
+	Handled     Outcome = "handled"      // its callback returned nil; StoreFailed came before if Done does not know; Err: the data did not fit
 	Ignored     Outcome = "ignored"      // no callback takes its type
 	Retrying    Outcome = "retrying"     // its callback failed and will be called again
 	GaveUp      Outcome = "gave_up"      // its callback failed for the last time: the id may be claimed again
@@ -445,22 +445,25 @@ const (
 
 // deliver takes one delivery: parse, accept, observe. err is why its body could not be read.
 func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte, err error) (fresh bool, _ error) {
-	t, o := &task{ctx: context.WithoutCancel(ctx), decided: make(chan struct{})}, Observation{Outcome: Refused, Body: body}
+	t := &task{ctx: context.WithoutCancel(ctx), decided: make(chan struct{})}
+	o := Observation{Outcome: Refused, Body: slices.Clip(body), Err: err} // clipped, so that an append is nobody else's
+	defer func() {
+		o.Elapsed = time.Since(start)
+		r.observe(ctx, o)
+	}()
 	if err == nil {
-		t.env, err = ParseEnvelope(body)
+		o.Envelope, o.Err = ParseEnvelope(o.Body)
 	}
-	if err == nil {
-		o.Envelope, t.caseID = t.env, t.env.caseID()
-		fresh, err = r.accept(t)
+	if o.Err == nil {
+		t.env, t.caseID, o.Err = o.Envelope, o.Envelope.caseID(), errPanicked // unless accept returns
+		fresh, o.Err = r.accept(t)
 	}
 	if fresh {
 		o.Outcome = Accepted
-	} else if err == nil {
+	} else if o.Err == nil {
 		o.Outcome = Duplicate
 	}
-	o.Elapsed, o.Err = time.Since(start), err
-	r.observe(ctx, o)
-	return fresh, err
+	return fresh, o.Err
 }
 
 // accept claims the event of t and puts it where its turn will come. A delivery of the same id that comes meanwhile
@@ -751,7 +754,9 @@ func (r *Receiver) finish(t *task, o Observation) {
 		t.result = o.Err
 	}
 	over := t.ended && r.record(t)
-	if o.Outcome != "" {
+	if over && o.Outcome == GaveUp { // so that who is told can deliver it again
+		defer r.observe(t.ctx, o)
+	} else if o.Outcome != "" {
 		r.observe(t.ctx, o)
 	}
 	r.settle(t, over)
@@ -882,7 +887,7 @@ func (r *Receiver) abandon(reason error) {
 	r.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
-	for i, t := range left {
+	for i, t := range slices.Backward(left) { // those that run first, since a store may be slow
 		if i < waiting {
 			_ = r.done(ctx, t, ErrClosed)
 		}
@@ -956,10 +961,7 @@ func (r *Receiver) readBack(env *Envelope, undecided *[]*task) (ok bool) {
 	_, ended := r.reading[env.EventID]
 	switch {
 	case t == nil && !ended:
-		copied := *env                // which is the inbox's to use again
-		if !json.Valid(copied.Data) { // it need not be of ParseEnvelope
-			copied.Data = nil
-		}
+		copied := *env // which is the inbox's to use again
 		t = &task{env: &copied, ctx: context.Background(), caseID: env.caseID(), decided: make(chan struct{})}
 		close(t.decided)
 	case t == nil || t.state == queued || t.state == running:

@@ -1695,6 +1695,7 @@ func TestUndecided(t *testing.T) {
 			t.Error("the duplicate was acknowledged")
 		}
 		first.Wait()
+		expectList(t, "outcomes", r.outcomes("evt_1"), Refused, Refused)
 	})
 }
 
@@ -7550,4 +7551,76 @@ func TestJournalPassesOverUnknownRecords(t *testing.T) {
 		t.Fatal(err)
 	}
 	expectList(t, "pending", journalPending(t, openOn(t, medium.process(), 0)), "evt_a")
+}
+
+// TestGaveUpDeliver: who is told that an event was given up can deliver it again at once.
+func TestGaveUpDeliver(t *testing.T) {
+	for name, store := range map[string]func() Option{
+		"Memory": func() Option { return WithDeduper(new(Memory)) },
+		"Inbox":  func() Option { return WithInbox(new(fakeInbox)) },
+	} {
+		inBubble(t, name, func(t *testing.T) {
+			failures := 0
+			var r *rig
+			r = newRig(t, func(context.Context, *Envelope) error {
+				if failures++; failures == 1 {
+					return errTest
+				}
+				return nil
+			}, store(), WithRetry(1, 0), WithObserver(func(ctx context.Context, o Observation) {
+				r.record(ctx, o)
+				if o.Outcome == GaveUp {
+					if fresh, err := r.Deliver(ctx, o.Body); !fresh || err != nil {
+						t.Errorf("Deliver = %v, %v", fresh, err)
+					}
+				}
+			}))
+			synctest.Wait()
+			r.deliver(t, "evt_1", "case_1")
+			time.Sleep(time.Minute)
+			expectList(t, "called", r.called(), "evt_1", "evt_1")
+			expectEqual(t, "handled", r.count(Handled), 1)
+		})
+	}
+}
+
+// TestAppendIsSafe: what an append to the bytes of an event writes must not be seen by another.
+func TestAppendIsSafe(t *testing.T) {
+	clipped := func(what string, b []byte) {
+		if len(b) < cap(b) {
+			t.Errorf("%s has room for %d bytes more", what, cap(b)-len(b))
+		}
+	}
+	for _, store := range []Option{WithDeduper(new(Memory)), WithInbox(openOn(t, newDisk().process(), 0))} {
+		called := make(chan bool, 10)
+		r := Handler(journalCallbacks(func(_ context.Context, env *Envelope) error {
+			clipped("Raw", env.Raw)
+			clipped("Data", env.Data)
+			called <- true
+			return errTest
+		}), store, WithRetry(1, 0), WithObserver(func(_ context.Context, o Observation) {
+			clipped("Body", o.Body)
+		}))
+		_, _ = r.Deliver(t.Context(), append(make([]byte, 0, 1000), eventBody("evt_1", "case_1")...))
+		w := httptest.NewRecorder()
+		r.ServeHTTP(w, httptest.NewRequest("POST", "/", bytes.NewReader(eventBody("evt_2", "case_2"))))
+		w = httptest.NewRecorder()
+		r.ServeHTTP(w, httptest.NewRequest("POST", "/", strings.NewReader("no event")))
+		<-called
+		<-called
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestCaseID: an event belongs to the case whose id its callback gets.
+func TestCaseID(t *testing.T) {
+	for data, want := range map[string]string{
+		``: "", `null`: "", `[]`: "", `{}`: "", `{"caseid":"c"}`: "", `{"caseId":7}`: "", `{"data":{"caseId":"c"}}`: "",
+		`{"caseId":"c"}`: "c", `{"case\u0049d" : "c\n"}`: "c\n", `{"caseId":"b","caseId":"c"}`: "c",
+		`{"caseId":"c","caseId":null}`: "c",
+	} {
+		expectEqual(t, data, (&Envelope{Data: []byte(data)}).caseID(), want)
+	}
 }
