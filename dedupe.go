@@ -811,15 +811,15 @@ func parseRecord(line []byte) (rec record) {
 	}
 	end := len(line) - 1
 	if checksum(line[9:end]) != [9]byte(line) {
-		end = 9 + scan(line[9:], func(_, _ []byte) {}) // a damaged line break costs no record
-		if checksum(line[9:end]) != [9]byte(line) {
+		end = 9 + scan(line[9:], 0, nesting+1, nil) // a damaged line break costs no record
+		if end < 9 || checksum(line[9:end]) != [9]byte(line) {
 			return rec
 		}
 	}
 	rec.size, rec.line = min(end+1, len(line)), line[:end]
 	head, event, _ := bytes.Cut(line[9:end], []byte(`,"event":`)) // in a string the quotes would be escaped
 	rec.event = bytes.TrimSuffix(event, []byte("}"))
-	scan(head, func(name, value []byte) {
+	scan(head, 0, nesting, func(name, value []byte) {
 		rec.kind = cmp.Or(rec.kind, string(name))
 		switch string(name) {
 		case "id", "done":

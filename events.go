@@ -132,7 +132,7 @@ type CaseInputNeeded struct {
 
 // decode reads the payload of env into a new T. Its error names the field and never quotes the payload.
 func decode[T any](env *Envelope) (*T, error) {
-	if !bytes.HasPrefix(env.Data, []byte("{")) {
+	if at(env.Data, 0) != '{' {
 		return nil, errors.New("offloadhook: data is missing or not an object")
 	}
 	payload := new(T)
@@ -149,16 +149,17 @@ func decode[T any](env *Envelope) (*T, error) {
 
 // fill decodes value into v. It does what encoding/json does, which would take most of the time of a delivery, but that
 // names match exactly, raw values share the memory of the body, a doubled array replaces the first, and the first error,
-// which is about field, ends it. It trusts that value is valid JSON, as ParseEnvelope has found.
+// which is about field, ends it.
 func fill(v reflect.Value, value []byte) (field string, err error) {
-	switch first := value[0]; {
+	end := len(value)
+	switch first := at(value, 0); {
 	case v.Type() == reflect.TypeFor[json.RawMessage]():
 		v.SetBytes(value)
 	case v.Kind() == reflect.String && first == '"':
 		v.SetString(text(value))
 	case v.Kind() == reflect.Struct && first == '{':
 		fields := fieldsOf(v.Type())
-		scan(value, func(name, value []byte) {
+		end = scan(value, 0, nesting, func(name, value []byte) {
 			if index, known := fields[string(name)]; known && err == nil {
 				if field, err = fill(v.FieldByIndex(index), value); err != nil {
 					field = "." + string(name) + field
@@ -167,7 +168,7 @@ func fill(v reflect.Value, value []byte) (field string, err error) {
 		})
 	case v.Kind() == reflect.Slice && first == '[':
 		v.Set(reflect.MakeSlice(v.Type(), 0, 0)) // not nil, as for absent and null
-		scan(value, func(_, value []byte) {
+		end = scan(value, 0, nesting, func(_, value []byte) {
 			if n := v.Len(); err == nil {
 				v.Grow(1)
 				v.SetLen(n + 1)
@@ -180,6 +181,9 @@ func fill(v reflect.Value, value []byte) (field string, err error) {
 			return "", json.Unmarshal(value, v.Addr().Interface())
 		}
 		v.SetInt(n)
+	}
+	if err == nil && (end < 0 || skipSpace(value, end) < len(value)) {
+		err = ErrMalformed
 	}
 	return field, err
 }
@@ -203,7 +207,7 @@ var structFields sync.Map
 
 // caseID returns the caseId of the event's data, "" where there is none. As in encoding/json, the last one counts.
 func (env *Envelope) caseID() (id string) {
-	scan(env.Data, func(name, value []byte) {
+	scan(env.Data, 0, nesting, func(name, value []byte) {
 		if string(name) == "caseId" && string(value) != "null" {
 			id = text(value)
 		}
@@ -219,10 +223,8 @@ func ParseEnvelope(body []byte) (*Envelope, error) {
 	env := &Envelope{Raw: slices.Clip(body)}
 	var id []byte
 	ids := 0
-	if !json.Valid(body) || bytes.TrimSpace(body)[0] != '{' {
-		return nil, fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
-	}
-	scan(body, func(name, value []byte) {
+	start := skipSpace(body, 0)
+	end := scan(body, start, nesting, func(name, value []byte) {
 		switch string(name) {
 		case "event_id":
 			ids++
@@ -239,6 +241,8 @@ func ParseEnvelope(body []byte) (*Envelope, error) {
 		}
 	})
 	switch {
+	case end < 0 || at(body, start) != '{' || skipSpace(body, end) < len(body):
+		return nil, fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
 	case ids != 1:
 		return nil, fmt.Errorf("%w: event_id %s", ErrMalformed, []string{"is missing", "", "occurs twice"}[min(ids, 2)])
 	case !usableID(env.EventID) || !utf8.Valid(id) || halfPair(id, env.EventID):
@@ -276,45 +280,113 @@ func text(value []byte) string {
 	return s
 }
 
-// scan calls member with each member of the JSON object that b starts with, or with each element of the array and no
-// name, and returns the index behind that. It trusts that it is valid: of other bytes it makes anything, but no panic.
-func scan(b []byte, member func(name, value []byte)) int {
-	var name []byte
-	depth, start := 0, 0 // where the name or value of the outermost begins that is being read
-	for i := 0; i < len(b); i++ {
-		switch c := b[i]; c {
+// nesting is how deep a body may be nested: as deep as for encoding/json.
+const nesting = 10_000
+
+// scan returns the index behind the JSON value that starts at b[i], or -1 if none does or it is nested deeper than that.
+// member is called with each member of an object, or with each element of an array and no name, as they are met.
+func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
+	var room [64]byte
+	closers := room[:0] // of what is open; with recursion, short bodies would make large stacks
+	var name []byte     // of the outermost object's member that is being read
+	start := i          // of its value
+	for {
+		if n := len(closers); n > 0 && closers[n-1] == '}' {
+			end := scanString(b, i)
+			if end < 0 {
+				return -1
+			}
+			if n == 1 {
+				if name = b[i+1 : end-1]; bytes.IndexByte(name, '\\') >= 0 {
+					name = []byte(text(b[i:end]))
+				}
+			}
+			if i = skipSpace(b, end); at(b, i) != ':' {
+				return -1
+			}
+			i = skipSpace(b, i+1)
+		}
+		if len(closers) == 1 {
+			start = i
+		}
+		switch first := at(b, i); first {
 		case '"':
-			for i++; i < len(b) && b[i] != '"'; i++ {
-				if b[i] == '\\' {
-					i++
-				}
-			}
+			i = scanString(b, i)
 		case '{', '[':
-			if depth++; depth == 1 {
-				start = i + 1
+			inside := skipSpace(b, i+1)
+			if len(closers) == deepest {
+				return -1
 			}
-		case ':':
-			if depth == 1 {
-				if name, start = bytes.TrimSpace(b[start:i]), i+1; bytes.IndexByte(name, '\\') < 0 {
-					name = bytes.Trim(name, `"`)
-				} else {
-					name = []byte(text(name))
+			if at(b, inside) != first+2 { // ] comes two after [, and } after {
+				closers, i = append(closers, first+2), inside
+				continue
+			}
+			i = inside + 1
+		default: // a number, true, false, or null
+			end, digits := i, '1' <= first && first <= '9'
+			for c := first; c > ' ' && c != ',' && c != ']' && c != '}'; c = at(b, end) {
+				digits = digits && '0' <= c && c <= '9'
+				end++
+			}
+			if !digits && !json.Valid(b[i:end]) {
+				return -1
+			}
+			i = end
+		}
+		for {
+			n := len(closers)
+			if i < 0 || n == 0 {
+				return i
+			}
+			if n == 1 && member != nil {
+				member(name, b[start:i:i])
+			}
+			if i = skipSpace(b, i); at(b, i) != closers[n-1] {
+				break
+			}
+			closers, i = closers[:n-1], i+1
+		}
+		if at(b, i) != ',' {
+			return -1
+		}
+		i = skipSpace(b, i+1)
+	}
+}
+
+// scanString returns the index behind the JSON string that starts at b[i], or -1 if none does.
+func scanString(b []byte, i int) int {
+	if at(b, i) != '"' {
+		return -1
+	}
+	for i++; i < len(b) && b[i] >= ' '; i++ {
+		switch b[i] {
+		case '"':
+			return i + 1
+		case '\\':
+			if i++; at(b, i) != 'u' && strings.IndexByte(`"\/bfnrt`, at(b, i)) < 0 {
+				return -1
+			}
+			for end := i + 4; i < end && b[end-4] == 'u'; {
+				if i++; strings.IndexByte("0123456789abcdefABCDEF", at(b, i)) < 0 {
+					return -1
 				}
-			}
-		case ',', '}', ']':
-			if depth == 1 {
-				if value := bytes.TrimSpace(b[start:i:i]); len(value) > 0 {
-					member(name, value)
-				}
-				start = i + 1
-			}
-			if c != ',' {
-				depth--
-			}
-			if depth <= 0 {
-				return i + 1
 			}
 		}
 	}
-	return len(b)
+	return -1
+}
+
+func skipSpace(b []byte, i int) int {
+	for i < len(b) && (b[i] == ' ' || b[i] == '\n' || b[i] == '\r' || b[i] == '\t') {
+		i++
+	}
+	return i
+}
+
+// at returns b[i], and behind the end 0, which is no part of any JSON.
+func at(b []byte, i int) byte {
+	if i < len(b) {
+		return b[i]
+	}
+	return 0
 }
