@@ -37,6 +37,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -644,6 +645,7 @@ func (r *Receiver) makeReady(t *task) {
 
 // work runs what is ready.
 func (r *Receiver) work() {
+	growStack()
 	for {
 		r.mu.Lock()
 		if len(r.ready) == 0 {
@@ -666,6 +668,14 @@ func (r *Receiver) work() {
 			r.run(t)
 		}
 	}
+}
+
+// growStack makes room on the stack for the decoding of a payload at once, which would otherwise copy it several times.
+//
+//go:noinline
+func growStack() {
+	var room [12 << 10]byte
+	runtime.KeepAlive(&room)
 }
 
 // run makes one attempt at t.
