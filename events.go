@@ -137,14 +137,14 @@ func decode[T any](env *Envelope) (*T, error) {
 	}
 	payload := new(T)
 	field, err := fill(reflect.ValueOf(payload).Elem(), env.Data)
+	if err == nil {
+		return payload, nil
+	}
 	if mismatch := (*json.UnmarshalTypeError)(nil); errors.As(err, &mismatch) {
 		kind, _, _ := strings.Cut(mismatch.Value, " ") // of "number 12", which would quote the payload
 		return nil, fmt.Errorf("offloadhook: data does not fit: %s is a JSON %s, want %s", field[1:], kind, mismatch.Type)
 	}
-	if err != nil {
-		return nil, errors.New("offloadhook: data does not decode")
-	}
-	return payload, nil
+	return nil, errors.New("offloadhook: data does not decode")
 }
 
 // fill decodes value into v. It does what encoding/json does, which would take most of the time of a delivery, but that
