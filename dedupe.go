@@ -38,8 +38,8 @@ type Deduper interface {
 }
 
 // Inbox is a Deduper that keeps what it claims, until it is done: with one, a 2xx is a promise (promise 1). The event is
-// stored, env.Raw unchanged, when Claim returns; ParseEnvelope makes the envelopes from that which Pending yields. One
-// that several receivers share may answer false for a new event that it gives to another of them.
+// stored, env.Raw unchanged, when Claim returns; Pending yields what ParseEnvelope makes of it. One that several receivers
+// share may answer false for a new event that it gives to another of them.
 type Inbox interface {
 	Deduper
 	// Pending yields, oldest first, a snapshot of what was claimed before the call, is not done, and is this receiver's
@@ -286,7 +286,8 @@ func (j *Journal) lock() (err error) {
 	return err
 }
 
-// Claim returns when the event is durable: written and synced, together with the claims that came meanwhile.
+// Claim returns when the event is durable: written and synced, together with the claims that came meanwhile. It keeps
+// env.Raw, which must be an event with that id.
 func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err error) {
 	if err := ctx.Err(); err != nil {
 		return false, err
