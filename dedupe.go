@@ -184,7 +184,7 @@ type Journal struct {
 	done    idSet
 	started bool    // Pending has been called
 	reports []error // for Pending to yield
-	slack   int64   // bytes more to wait for, after compactions that failed
+	slack   int64   // bytes of garbage to wait for, after a compaction that failed
 }
 
 var _ Inbox = (*Journal)(nil)
@@ -351,7 +351,7 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	j.end(c)
 	j.done.add(c.id, now)
 	alive := j.live + 33*int64(j.done.len()) // what a copy takes
-	if j.last().size > alive+1<<20+j.slack && j.renewal.TryLock() {
+	if j.size() > 2*alive+1<<20+j.slack && j.renewal.TryLock() {
 		go j.compact()
 	}
 	return nil
@@ -630,13 +630,20 @@ func (j *Journal) replay(file *logFile) error {
 	}
 }
 
+// size returns the size of all files. mu is held.
+func (j *Journal) size() (total int64) {
+	for _, file := range j.files {
+		total += file.size
+	}
+	return total
+}
+
 // compact leaves the garbage behind. renewal is held, until it is done.
 func (j *Journal) compact() {
 	j.mu.Lock()
-	if err := j.renew(); err == nil {
-		j.slack = 0
-	} else {
-		j.slack = 2*j.slack + 1<<20
+	err := j.renew()
+	if j.slack = 0; err != nil {
+		j.slack = j.size() // until the files have doubled
 		j.reports = append(j.reports, named(err))
 	}
 	j.mu.Unlock()
