@@ -233,8 +233,8 @@ func WithFailClosed() Option {
 }
 
 // WithObserver sets what is told of every outcome. f is called in line and concurrently, so that Handled may come before
-// the Accepted of the same event; it must return quickly, must not panic, and must not deliver the event of a
-// StoreFailed. The default logs the problems to slog.Default, without the bodies.
+// the Accepted of the same event, and GaveUp after what a redelivery came to; it must return quickly, must not panic, and
+// must not deliver the event of a StoreFailed. The default logs the problems to slog.Default, without the bodies.
 func WithObserver(f func(context.Context, Observation)) Option {
 	return optionIf(f != nil, "WithObserver wants a function", func(r *Receiver) { r.observe = f })
 }
@@ -253,12 +253,12 @@ type Observation struct {
 // Outcome says what happened.
 type Outcome string
 
-// The outcomes.
+// The outcomes. After a StoreFailed of an event, Handled, Ignored and GaveUp may come before the store knows of them.
 const (
 	Accepted    Outcome = "accepted"     // got a 202
 	Duplicate   Outcome = "duplicate"    // got a 200
 	Refused     Outcome = "refused"      // got a 4xx or a 503: the event is lost unless the body is kept
-	Handled     Outcome = "handled"      // its callback returned nil; StoreFailed came before if Done does not know; Err: the data did not fit
+	Handled     Outcome = "handled"      // its callback returned nil; Err is set where the data did not fit
 	Ignored     Outcome = "ignored"      // no callback takes its type
 	Retrying    Outcome = "retrying"     // its callback failed and will be called again
 	GaveUp      Outcome = "gave_up"      // its callback failed for the last time: the id may be claimed again
@@ -971,7 +971,7 @@ func (r *Receiver) readBack(env *Envelope, undecided *[]*task) (ok bool) {
 	_, ended := r.reading[env.EventID]
 	switch {
 	case t == nil && !ended:
-		copied := *env // which is the inbox's to use again
+		copied := *env // the struct is the inbox's to use again
 		t = &task{env: &copied, ctx: context.Background(), caseID: env.caseID(), decided: make(chan struct{})}
 		close(t.decided)
 	case t == nil || t.state == queued || t.state == running:

@@ -7624,3 +7624,50 @@ func TestCaseID(t *testing.T) {
 		expectEqual(t, data, (&Envelope{Data: []byte(data)}).caseID(), want)
 	}
 }
+
+// TestDrainedFlood: compaction waits until there is more garbage than what is alive, and then leaves little of a flood,
+// whether that is in the file that is written to or in a copy.
+func TestDrainedFlood(t *testing.T) {
+	const count, size = 100, 50_000
+	for _, copied := range []bool{false, true} {
+		t.Run(fmt.Sprintf("copied=%v", copied), func(t *testing.T) {
+			medium := newDisk()
+			j := openOn(t, medium.process(), 0)
+			defer func() { _ = j.Close() }()
+			onDisk := func() (total int) {
+				medium.mu.Lock()
+				defer medium.mu.Unlock()
+				for _, file := range medium.names {
+					total += len(file.now)
+				}
+				return total
+			}
+			var events []*Envelope
+			for i := range count {
+				events = append(events, journalEvent(fmt.Sprintf("evt_%03d", i), 0, size))
+				if fresh, err := j.Claim(t.Context(), events[i]); !fresh || err != nil {
+					t.Fatal(fresh, err)
+				}
+			}
+			if copied {
+				if err := journalCompact(j); err != nil {
+					t.Fatal(err)
+				}
+			}
+			full := onDisk()
+			for i, env := range events {
+				if err := j.Done(t.Context(), env, nil); err != nil {
+					t.Fatal(err)
+				}
+				j.renewal.Lock() // so no compaction runs
+				if i == count/4 && onDisk() < full {
+					t.Error("compacted with three quarters alive")
+				}
+				j.renewal.Unlock()
+			}
+			if left := onDisk(); left > 3<<19 {
+				t.Errorf("%d bytes are left of %d", left, full)
+			}
+		})
+	}
+}
