@@ -25,6 +25,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"runtime"
 	"runtime/metrics"
 	"slices"
@@ -638,6 +639,7 @@ func serve(t testing.TB, srv *http.Server) *pipes {
 	t.Cleanup(func() {
 		_ = srv.Close()
 		serving.Wait()
+		time.Sleep(time.Second) // in the bubble; net/http may let a connection linger for half of that
 	})
 	return p
 }
@@ -782,7 +784,7 @@ func TestEarlyRefusal(t *testing.T) {
 				expectEqual(t, "connection closes", resp.Close, true)
 				expectEqual(t, "after", time.Since(start), 0)
 				_, _ = io.Copy(io.Discard, conn)
-				if held := time.Since(start); held > 10*time.Second {
+				if held := time.Since(start); held > 11*time.Second { // net/http may linger after the deadline
 					t.Errorf("the connection was held for %v", held)
 				}
 			})
@@ -1162,6 +1164,7 @@ func testDecode[T any](t *testing.T, data []byte) {
 	mismatch := (*json.UnmarshalTypeError)(nil)
 	if errors.As(wantErr, &mismatch) {
 		field := strings.TrimPrefix(mismatch.Field, "Case.")
+		field = regexp.MustCompile(`\.\d+`).ReplaceAllString(field, "") // Go 1.27 has the indexes of arrays in it
 		if want := fmt.Sprintf(": %s is a JSON ", field); !strings.Contains(err.Error(), want) {
 			t.Fatalf("%s: %v, by encoding/json: %v", data, err, wantErr)
 		}
