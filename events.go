@@ -130,6 +130,42 @@ type CaseInputNeeded struct {
 	InputRequestedAt   Millis `json:"inputRequestedAt"`
 }
 
+// ParseEnvelope reads the envelope of one event, without copying body. It refuses only what cannot be an event, with an
+// error that wraps ErrMalformed and never quotes the body: text that is not exactly one JSON object (nested 10,000 deep
+// at most), and an event_id that is missing, doubled or unusable. Everything else may drift without costing an event
+// (promise 6).
+func ParseEnvelope(body []byte) (*Envelope, error) {
+	env := &Envelope{Raw: slices.Clip(body)}
+	var id []byte
+	ids := 0
+	start := skipSpace(body, 0)
+	end := scan(body, start, nesting, func(name, value []byte) {
+		switch string(name) {
+		case "event_id":
+			ids++
+			id, env.EventID = value, text(value)
+		case "event_type":
+			env.EventType = EventType(text(value))
+		case "timestamp":
+			env.Timestamp = 0
+			if ms, err := strconv.ParseInt(string(value), 10, 64); err == nil {
+				env.Timestamp = Millis(ms)
+			}
+		case "data":
+			env.Data = value
+		}
+	})
+	switch {
+	case end < 0 || at(body, start) != '{' || skipSpace(body, end) < len(body):
+		return nil, fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
+	case ids != 1:
+		return nil, fmt.Errorf("%w: event_id %s", ErrMalformed, []string{"is missing", "", "occurs twice"}[min(ids, 2)])
+	case !usableID(env.EventID) || !utf8.Valid(id) || halfPair(id, env.EventID):
+		return nil, fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
+	}
+	return env, nil
+}
+
 // decode reads the payload of env into a new T. Its error names the field and never quotes the payload.
 func decode[T any](env *Envelope) (*T, error) {
 	if at(env.Data, 0) != '{' {
@@ -147,9 +183,9 @@ func decode[T any](env *Envelope) (*T, error) {
 	return nil, errors.New("offloadhook: data does not decode")
 }
 
-// fill decodes value into v. It does what encoding/json does, which would take most of the time of a delivery, but that
-// names match exactly, raw values share the memory of the body, a doubled array replaces the first, and the first error,
-// which is about field, ends it.
+// fill decodes value into v as encoding/json does, which would check again what has been scanned, and take most of the
+// time of a delivery. Other than there names match exactly, raw values share the memory of the body, a doubled array
+// replaces the first, and the first error, which is about field, ends it.
 func fill(v reflect.Value, value []byte) (field string, err error) {
 	end := len(value)
 	switch first := at(value, 0); {
@@ -205,7 +241,8 @@ func fieldsOf(t reflect.Type) map[string][]int {
 
 var structFields sync.Map
 
-// caseID returns the caseId of the event's data, "" where there is none. As in encoding/json, the last one counts.
+// caseID returns the caseId of the event's data, "" where there is none. As in the payload, the last that is not null
+// counts.
 func (env *Envelope) caseID() (id string) {
 	scan(env.Data, 0, nesting, func(name, value []byte) {
 		if string(name) == "caseId" && string(value) != "null" {
@@ -213,42 +250,6 @@ func (env *Envelope) caseID() (id string) {
 		}
 	})
 	return id
-}
-
-// ParseEnvelope reads the envelope of one event, without copying body. It refuses only what cannot be an event, with an
-// error that wraps ErrMalformed and never quotes the body: text that is not exactly one JSON object (nested 10,000 deep
-// at most), and an event_id that is missing, doubled or unusable. Everything else may drift without costing an event
-// (promise 6).
-func ParseEnvelope(body []byte) (*Envelope, error) {
-	env := &Envelope{Raw: slices.Clip(body)}
-	var id []byte
-	ids := 0
-	start := skipSpace(body, 0)
-	end := scan(body, start, nesting, func(name, value []byte) {
-		switch string(name) {
-		case "event_id":
-			ids++
-			id, env.EventID = value, text(value)
-		case "event_type":
-			env.EventType = EventType(text(value))
-		case "timestamp":
-			env.Timestamp = 0
-			if ms, err := strconv.ParseInt(string(value), 10, 64); err == nil {
-				env.Timestamp = Millis(ms)
-			}
-		case "data":
-			env.Data = value
-		}
-	})
-	switch {
-	case end < 0 || at(body, start) != '{' || skipSpace(body, end) < len(body):
-		return nil, fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
-	case ids != 1:
-		return nil, fmt.Errorf("%w: event_id %s", ErrMalformed, []string{"is missing", "", "occurs twice"}[min(ids, 2)])
-	case !usableID(env.EventID) || !utf8.Valid(id) || halfPair(id, env.EventID):
-		return nil, fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
-	}
-	return env, nil
 }
 
 // usableID reports whether id can serve as an event's id: in a log line, as a database key, in a line of the journal.

@@ -430,7 +430,7 @@ type task struct {
 	timer   *time.Timer   // ends the waiting
 	room    chan struct{} // what it takes its room of
 	ended   bool          // nothing is left to do but to record result
-	result  error         // what Done is given
+	result  error         // what Done is given; ErrClosed where it was told as Unfinished, and Done is not called
 	records int           // how often Done has failed
 }
 
