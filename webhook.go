@@ -126,7 +126,7 @@ func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	fresh, err := r.deliver(req.Context(), start, body, err)
 	switch {
 	case err != nil:
-		refuse(w, err)
+		refuse(w, req, err)
 	case fresh:
 		w.WriteHeader(http.StatusAccepted)
 	default:
@@ -328,12 +328,13 @@ func (status refusal) Error() string { return "offloadhook: " + http.StatusText(
 // read returns the body of a request that may carry an event. The deadline comes before the checks, because net/http
 // drains the body of a request that was refused unread.
 func (r *Receiver) read(w http.ResponseWriter, req *http.Request) (body []byte, err error) {
+	deadline := time.Now().Add(bodyTimeout)
 	// Without a body, an expiring deadline would cancel the request. Server.ReadTimeout has set one that may be stricter.
-	if req.Body != nil && req.Body != http.NoBody {
+	if req.ContentLength != 0 {
 		server, _ := req.Context().Value(http.ServerContextKey).(*http.Server)
 		if server == nil || server.ReadTimeout <= 0 || server.ReadTimeout > bodyTimeout {
 			// Recorders do not support it. It ends with the body, so nothing need be reset.
-			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+			_ = http.NewResponseController(w).SetReadDeadline(deadline)
 		}
 	}
 	switch {
@@ -361,7 +362,7 @@ func (r *Receiver) read(w http.ResponseWriter, req *http.Request) (body []byte, 
 		return body, nil
 	case errors.As(err, new(*http.MaxBytesError)):
 		return body, refusal(http.StatusRequestEntityTooLarge)
-	case errors.Is(err, os.ErrDeadlineExceeded):
+	case errors.Is(err, os.ErrDeadlineExceeded) || !time.Now().Before(deadline): // within trailers net/http hides it
 		return body, refusal(http.StatusRequestTimeout)
 	}
 	return body, refusal(http.StatusBadRequest) // to return in silence would be a 200
@@ -391,12 +392,14 @@ func isJSON(contentType string) bool {
 }
 
 // refuse writes the answer to a refused request. It carries no internal error and nothing of the body.
-func refuse(w http.ResponseWriter, err error) {
+func refuse(w http.ResponseWriter, req *http.Request, err error) {
 	status, reason := refusal(http.StatusServiceUnavailable), "offloadhook: the store failed"
 	switch {
 	case errors.As(err, &status):
 		reason = err.Error()
-		w.Header().Set("Connection", "close") // the body may be unread
+		if req.ProtoMajor < 2 { // else it would end the connection that events of others share
+			w.Header().Set("Connection", "close") // the body may be unread
+		}
 	case errors.Is(err, ErrMalformed):
 		status, reason = http.StatusBadRequest, err.Error()
 	case errors.Is(err, ErrBusy):
@@ -450,7 +453,7 @@ func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte, er
 	o := Observation{Outcome: Refused, Body: slices.Clip(body), Err: err} // clipped, so that an append is nobody else's
 	defer func() {
 		o.Elapsed = time.Since(start)
-		r.observe(ctx, o)
+		r.observe(t.ctx, o)
 	}()
 	if err == nil {
 		o.Envelope, o.Err = ParseEnvelope(o.Body)

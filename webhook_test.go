@@ -736,6 +736,14 @@ func TestSlowBody(t *testing.T) {
 		expectList(t, "callbacks", r.called(), "evt_1", "evt_2")
 	})
 
+	// net/http hides the end of the time within what may follow the last chunk.
+	inBubble(t, "within a trailer", func(t *testing.T) {
+		r := newRig(t, nil)
+		conn := serve(t, &http.Server{Handler: r}).dial(t)
+		send(t, conn, "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX")
+		expectEqual(t, "status", readAnswer(t, conn).StatusCode, 408)
+	})
+
 	inBubble(t, "500 beside live traffic", func(t *testing.T) {
 		r := newRig(t, nil)
 		p := serve(t, &http.Server{Handler: r})
@@ -801,21 +809,50 @@ func TestDeadlineIsOver(t *testing.T) {
 		"refused, no body": "GET / HTTP/1.1\r\nHost: x\r\n\r\n",
 		"with a body":      post(body, len(body)),
 	} {
-		inBubble(t, name, func(t *testing.T) {
-			r := newRig(t, nil)
-			var err error
-			conn := serve(t, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-				r.ServeHTTP(w, req)
-				time.Sleep(time.Minute)
-				err = req.Context().Err()
-			})}).dial(t)
-			send(t, conn, request)
-			readAnswer(t, conn)
-			if err != nil {
-				t.Errorf("the request was cancelled: %v", err)
-			}
-		})
+		for _, wrapped := range []bool{false, true} {
+			inBubble(t, fmt.Sprintf("%s, wrapped=%v", name, wrapped), func(t *testing.T) {
+				var h http.Handler = newRig(t, nil)
+				if wrapped {
+					h = http.MaxBytesHandler(h, 1<<20) // puts a reader of its own in the place of no body
+				}
+				var err error
+				conn := serve(t, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+					h.ServeHTTP(w, req)
+					time.Sleep(time.Minute)
+					err = req.Context().Err()
+				})}).dial(t)
+				send(t, conn, request)
+				readAnswer(t, conn)
+				if err != nil {
+					t.Errorf("the request was cancelled: %v", err)
+				}
+			})
+		}
 	}
+}
+
+// TestRefusalLeavesHTTP2: a refused request does not end the connection that it shares with events.
+func TestRefusalLeavesHTTP2(t *testing.T) {
+	r := newRig(t, nil)
+	peers := make(chan string, 2)
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		peers <- req.Proto + " " + req.RemoteAddr
+		r.ServeHTTP(w, req)
+	}))
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	defer server.Close()
+	for range 2 {
+		answer, err := server.Client().Get(server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = answer.Body.Close()
+		expectEqual(t, "status", answer.StatusCode, 405)
+	}
+	first := <-peers
+	expectEqual(t, "protocol", strings.HasPrefix(first, "HTTP/2.0 "), true)
+	expectEqual(t, "peer", <-peers, first)
 }
 
 // bare hides all that a ResponseWriter can do beside its three methods.
@@ -845,11 +882,17 @@ func TestRecorders(t *testing.T) {
 // TestHangUp: a sender that hangs up right after the body has sent an event all the same.
 func TestHangUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var claimed, done, called error
-		r := newRig(t, func(ctx context.Context, _ *Envelope) error {
+		var claimed, done, called, told error
+		var r *rig
+		r = newRig(t, func(ctx context.Context, _ *Envelope) error {
 			called = ctx.Err()
 			return nil
-		})
+		}, WithObserver(func(ctx context.Context, o Observation) {
+			r.record(ctx, o)
+			if o.Outcome == Accepted {
+				told = ctx.Err()
+			}
+		}))
 		request := make(chan context.Context, 1)
 		hungUp := errors.New("never")
 		r.store.onClaim = func(ctx context.Context, _ *Envelope) error {
@@ -876,7 +919,7 @@ func TestHangUp(t *testing.T) {
 		if hungUp != context.Canceled {
 			t.Fatalf("the request's context: %v, so this tests nothing", hungUp)
 		}
-		for what, err := range map[string]error{"Claim": claimed, "Done": done, "callback": called} {
+		for what, err := range map[string]error{"Claim": claimed, "Done": done, "callback": called, "observer": told} {
 			if err != nil {
 				t.Errorf("the context of %s: %v", what, err)
 			}
