@@ -512,7 +512,7 @@ func (j *Journal) owns() error {
 	if err != nil {
 		return err
 	}
-	if len(gens) == 0 || gens[len(gens)-1] != j.last().gen {
+	if slices.Max(append(gens, 0)) != j.last().gen {
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
 	}
 	return j.closed
@@ -559,7 +559,7 @@ func (j *Journal) open() error {
 	err := j.disk.mkdir(j.dir)
 	gens, listErr := j.numbers(".log")
 	if err = cmp.Or(err, listErr); err == nil {
-		err = j.create(append([]int{0}, gens...)[len(gens)])
+		err = j.create(slices.Max(append(gens, 0)))
 	}
 	if err != nil {
 		return err
@@ -785,18 +785,18 @@ type record struct {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// checksum returns what stands before json in a line.
-func checksum(json []byte) (sum [9]byte) {
+// checksum returns what stands before record in a line.
+func checksum(record []byte) (sum [9]byte) {
 	var crc [4]byte
-	binary.BigEndian.PutUint32(crc[:], crc32.Checksum(json, castagnoli))
+	binary.BigEndian.PutUint32(crc[:], crc32.Checksum(record, castagnoli))
 	hex.Encode(sum[:], crc[:])
 	sum[8] = ' '
 	return sum
 }
 
-func appendRecord(buf []byte, kind, text string, at int64, event []byte) []byte {
+func appendRecord(buf []byte, kind, value string, at int64, event []byte) []byte {
 	start := len(buf)
-	quoted, _ := json.Marshal(text)
+	quoted, _ := json.Marshal(value)
 	buf = append(append(buf, "00000000 {\""...), kind...)
 	buf = append(append(buf, "\":"...), quoted...)
 	buf = strconv.AppendInt(append(buf, `,"at":`...), at, 10)

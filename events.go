@@ -364,13 +364,14 @@ func scanString(b []byte, i int) int {
 		case '"':
 			return i + 1
 		case '\\':
-			if i++; at(b, i) != 'u' && strings.IndexByte(`"\/bfnrt`, at(b, i)) < 0 {
-				return -1
-			}
-			for end := i + 4; i < end && b[end-4] == 'u'; {
-				if i++; strings.IndexByte("0123456789abcdefABCDEF", at(b, i)) < 0 {
-					return -1
+			if i++; at(b, i) == 'u' {
+				for range 4 {
+					if i++; strings.IndexByte("0123456789abcdefABCDEF", at(b, i)) < 0 {
+						return -1
+					}
 				}
+			} else if strings.IndexByte(`"\/bfnrt`, at(b, i)) < 0 {
+				return -1
 			}
 		}
 	}

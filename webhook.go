@@ -70,14 +70,15 @@ func Handler(cb Callbacks, opts ...Option) *Receiver {
 }
 
 // Callbacks are the user's functions. Every field may be nil. They run concurrently, for different cases. The context
-// keeps the values of the request, not its cancellation, and ends with Shutdown; an event that was read back from an
-// Inbox has no request, so its context has no values. An error or a panic means: try again. env and the payload are
-// read-only.
+// keeps the values of the request, not its cancellation; an event that was read back from an Inbox has no request, so its
+// context has no values. It ends when that of Shutdown does, or when the Inbox is another's now. An error or a panic
+// means: try again. env and the payload are read-only.
 type Callbacks struct {
 	CaseCompleted   func(ctx context.Context, env *Envelope, c *CaseCompleted) error
 	CaseFailed      func(ctx context.Context, env *Envelope, c *CaseFailed) error
 	CaseInputNeeded func(ctx context.Context, env *Envelope, c *CaseInputNeeded) error
-	// Other gets what no field above took: an unknown type, a nil field, or data that does not fit its struct.
+	// Other gets what no field above took: an unknown type, a nil field, or data that does not fit its struct. If it is nil,
+	// the last is given up at once, so that an Inbox keeps it for a newer version of this library; the others are done.
 	Other func(ctx context.Context, env *Envelope) error
 }
 
@@ -165,17 +166,13 @@ func (r *Receiver) Shutdown(ctx context.Context) error {
 }
 
 // Option configures a Handler.
-type Option interface{ apply(*Receiver) }
+type Option struct{ apply func(*Receiver) }
 
-type option func(*Receiver)
-
-func (o option) apply(r *Receiver) { o(r) }
-
-func optionIf(valid bool, want string, o option) Option {
+func optionIf(valid bool, want string, apply func(*Receiver)) Option {
 	if !valid {
 		panic("offloadhook: " + want)
 	}
-	return o
+	return Option{apply}
 }
 
 // WithDeduper sets what remembers the ids; the default is a new Memory. An Inbox is refused: say WithInbox.
@@ -208,14 +205,15 @@ func WithConcurrency(n int) Option {
 }
 
 // WithBacklog sets how many accepted events are held in memory, running ones included, at least 1; the default is 1024.
-// As many again may be held that have failed and will be tried again.
+// As many again may be held that have failed and will be tried again. When it is full, an Inbox keeps what comes; with a
+// plain Deduper as many deliveries wait for room, 5 s at most, and then get ErrBusy, a 503.
 func WithBacklog(n int) Option {
 	return optionIf(n > 0, "WithBacklog wants at least 1", func(r *Receiver) { r.backlog = n })
 }
 
 // WithRetry sets how often a callback is called at most, and how long it rests after its first failure. The rest doubles
 // with each failure, up to an hour, with a jitter of a quarter. The default of 8 and 1 s takes about two minutes; 1
-// means never retry.
+// means never retry. After that the event is given up; an Inbox brings it back.
 func WithRetry(attempts int, backoff time.Duration) Option {
 	return optionIf(attempts > 0 && backoff >= 0, "WithRetry wants at least 1 attempt and no negative backoff",
 		func(r *Receiver) { r.attempts, r.backoff = attempts, backoff })
@@ -229,7 +227,7 @@ func WithMaxBodyBytes(n int64) Option {
 // WithFailClosed answers 503 when a plain Deduper fails. The default is to accept the event and to handle it without
 // the Deduper, because a refused event is lost. With an Inbox the answer is always 503.
 func WithFailClosed() Option {
-	return option(func(r *Receiver) { r.failClosed = true })
+	return Option{func(r *Receiver) { r.failClosed = true }}
 }
 
 // WithObserver sets what is told of every outcome. f is called in line and concurrently, so that Handled may come before
@@ -261,7 +259,7 @@ const (
 	Handled     Outcome = "handled"      // its callback returned nil; Err is set where the data did not fit
 	Ignored     Outcome = "ignored"      // no callback takes its type
 	Retrying    Outcome = "retrying"     // its callback failed and will be called again
-	GaveUp      Outcome = "gave_up"      // its callback failed for the last time: the id may be claimed again
+	GaveUp      Outcome = "gave_up"      // its callback failed for the last time, or none takes its data: the id is open again
 	Unfinished  Outcome = "unfinished"   // left over at Shutdown, or when the inbox was lost
 	StoreFailed Outcome = "store_failed" // the Deduper or Inbox failed; Envelope is nil when it was not about one event
 )
@@ -789,15 +787,14 @@ func (r *Receiver) record(t *task) (over bool) {
 func (r *Receiver) settle(t *task, over bool) {
 	r.mu.Lock()
 	dead := r.alive.Err() != nil
-	switch {
-	case over || dead || r.closed && r.inbox != nil && !t.ended: // Shutdown came meanwhile; the inbox keeps it
+	if over || dead || r.closed && r.inbox != nil && !t.ended { // Shutdown came meanwhile; the inbox keeps it
 		r.forget(t)
 		if t.next == nil {
 			delete(r.tails, t.caseID)
 		} else if t.next.state != gone {
 			r.makeReady(t.next)
 		}
-	default:
+	} else {
 		pause := jitter(r.backoff, t.attempt, longestRest)
 		if t.ended {
 			pause = jitter(storeRest, t.records, sweepEvery)
