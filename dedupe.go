@@ -17,8 +17,10 @@ import (
 	"io/fs"
 	"iter"
 	"math"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -185,6 +187,9 @@ type Journal struct {
 	started bool    // Pending has been called
 	reports []error // for Pending to yield
 	slack   int64   // bytes of garbage to wait for, after a compaction that failed
+	tries   int     // to go on in a new file after a failed fsync
+	failed  error   // the last of them, if it failed
+	damaged []int   // the numbers of files with damaged records
 }
 
 var _ Inbox = (*Journal)(nil)
@@ -192,10 +197,9 @@ var _ Inbox = (*Journal)(nil)
 // logFile is a file of the journal.
 type logFile struct {
 	diskFile
-	gen     int   // its number
-	size    int64 // of whole records
-	bad     error // errNew, or what failed, an fsync or the cutting of a torn record: write nothing, trust no later fsync
-	damaged bool  // it has damaged records
+	gen  int   // its number
+	size int64 // of whole records
+	bad  error // errNew, or what failed, an fsync or the cutting of a torn record: write nothing, trust no later fsync
 }
 
 // claim is an event that is claimed and not done. Its payload stays in the file.
@@ -205,6 +209,7 @@ type claim struct {
 	off    int64 // of its line
 	size   int
 	group  *group // until it is durable
+	before *claim // until then, of the same id, which was given up
 	gaveUp int64  // when, in Unix milliseconds; 0 if it was not
 	ended  bool
 }
@@ -220,8 +225,8 @@ type group struct {
 var errNew = errors.New("offloadhook: journal: the file is new")
 
 // OpenJournal opens the journal in dir, which it makes if need be, and takes over from the Journal that uses it. The
-// directory is made 0700 and its files 0600, for payloads are your customers' data. Unfinished events are kept, and
-// the ids of those that were done within retention; 0 means 30 days. An error names the file and the step that failed.
+// directory is made 0700 and its files 0600, for payloads are your customers' data. Unfinished events are kept, and the
+// ids of those that are done for at least retention; 0 means 30 days. An error names the file and the step that failed.
 func OpenJournal(dir string, retention time.Duration) (*Journal, error) {
 	return openJournal(osDisk{}, dir, retention)
 }
@@ -263,7 +268,8 @@ func (j *Journal) Close() (err error) {
 	for _, file := range j.files {
 		err = errors.Join(err, file.bad, file.Sync(), file.Close())
 	}
-	j.files = nil
+	err = errors.Join(append(j.reports, err)...)
+	j.files, j.reports = nil, nil
 	return named(err)
 }
 
@@ -271,12 +277,16 @@ func (j *Journal) Close() (err error) {
 func (j *Journal) lock() (err error) {
 	j.mu.Lock()
 	for err == nil && j.closed == nil && j.bad() {
+		tried := j.tries
 		j.mu.Unlock()
 		j.renewal.Lock()
 		j.mu.Lock()
-		if j.bad() { // else another has renewed it
-			err = j.renew()
-			err = cmp.Or(j.owns(), err)
+		if j.bad() && j.tries == tried { // else another has tried meanwhile
+			err := j.renew()
+			j.failed, j.tries = cmp.Or(j.owns(), err), j.tries+1
+		}
+		if j.bad() {
+			err = j.failed
 		}
 		j.renewal.Unlock()
 	}
@@ -301,15 +311,11 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	d, now := digestOf(env.EventID), time.Now()
 	j.done.expire(now.Add(-j.retention))
 	c := j.claims[d]
-	if c != nil && c.group == nil || c == nil && j.done.has(d) {
+	if c != nil && c.group == nil && c.gaveUp == 0 || c == nil && j.done.has(d) {
 		defer j.mu.Unlock()
-		if err := j.owns(); err != nil || c == nil || c.gaveUp == 0 {
-			return false, named(err)
-		}
-		c.gaveUp = 0 // it is durable already
-		return true, nil
+		return false, named(j.owns())
 	}
-	fresh = c == nil
+	fresh = c == nil || c.gaveUp != 0
 	leads := fresh && j.group == nil
 	if leads {
 		j.group = &group{synced: make(chan struct{})}
@@ -317,7 +323,8 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	if fresh {
 		start := len(j.buf)
 		j.buf = appendRecord(j.buf, "id", env.EventID, now.UnixMilli(), env.Raw)
-		c = &claim{id: d, group: j.group, file: j.last(), off: j.last().size + int64(start), size: len(j.buf) - start}
+		off := j.last().size + int64(start)
+		c = &claim{id: d, group: j.group, before: c, file: j.last(), off: off, size: len(j.buf) - start}
 		j.add(c)
 		j.group.claims = append(j.group.claims, c)
 	}
@@ -432,7 +439,7 @@ func (j *Journal) read(c *claim) (line []byte, env *Envelope, err error) {
 }
 
 func (j *Journal) damageAt(file *logFile, off int64) error {
-	file.damaged = true
+	j.damaged = append(j.damaged, file.gen)
 	return fmt.Errorf("offloadhook: journal: %s: damaged record at byte %d; will be kept as *.damaged", j.path(file.gen), off)
 }
 
@@ -470,7 +477,9 @@ func (j *Journal) write() error {
 	n, err := file.WriteAt(j.buf, file.size)
 	if err == nil {
 		file.size += int64(n)
-		j.buf = j.buf[:0]
+		if j.buf = j.buf[:0]; cap(j.buf) > 1<<20 {
+			j.buf = nil
+		}
 		return nil
 	}
 	if file.Truncate(file.size) != nil {
@@ -492,9 +501,15 @@ func (j *Journal) refuse(err error) {
 // settle ends the wait of the claims of g. mu is held.
 func (j *Journal) settle(g *group, err error) {
 	for _, c := range g.claims {
-		c.group = nil
+		over, kept := c.before, c
 		if err != nil {
-			j.end(c)
+			over, kept = c, c.before
+		}
+		if c.group, c.before = nil, nil; over != nil && !over.ended {
+			j.end(over)
+		}
+		if kept != nil && !kept.ended {
+			j.claims[c.id] = kept
 		}
 	}
 	g.err = err
@@ -559,7 +574,7 @@ func (j *Journal) open() error {
 	err := j.disk.mkdir(j.dir)
 	gens, listErr := j.numbers(".log")
 	if err = cmp.Or(err, listErr); err == nil {
-		err = j.create(slices.Max(append(gens, 0)))
+		err = j.create(slices.Max(append(gens, rand.IntN(1e9)))) // not the number of whoever had dir before it was made anew
 	}
 	if err != nil {
 		return err
@@ -609,7 +624,7 @@ func (j *Journal) replay(file *logFile) error {
 			if rec.kind == "" {
 				j.reports = append(j.reports, j.damageAt(file, file.size))
 			}
-			at := time.UnixMilli(rec.at)
+			at := time.UnixMilli(min(rec.at, time.Now().UnixMilli())) // a clock may have been ahead
 			fresh := time.Since(at) < j.retention
 			for _, id := range rec.ids {
 				if c := j.claims[id]; c != nil {
@@ -642,7 +657,7 @@ func (j *Journal) size() (total int64) {
 func (j *Journal) compact() {
 	j.mu.Lock()
 	err := j.renew()
-	if j.slack = 0; err != nil {
+	if j.slack = 0; err != nil && j.closed == nil {
 		j.slack = j.size() // until the files have doubled
 		j.reports = append(j.reports, named(err))
 	}
@@ -696,15 +711,16 @@ func (j *Journal) renew() (err error) {
 		c.file, c.off = dst, offs[i]
 	}
 	j.files = []*logFile{dst, live}
+	damaged := slices.Clone(j.damaged)
 	j.mu.Unlock() // it takes a while to remove a large file
-	j.clear(old, dst.gen)
+	j.clear(old, dst.gen, damaged)
 	j.mu.Lock()
 	return nil
 }
 
-// clear removes the files before number gen, which is a copy of what is alive, and keeps the damaged ones of old aside.
-// What cannot be removed goes with the next copy.
-func (j *Journal) clear(old []*logFile, gen int) {
+// clear closes old and removes the files before number gen, which is a copy of what is alive, but keeps the damaged ones
+// aside. What cannot be removed goes with the next copy.
+func (j *Journal) clear(old []*logFile, gen int, damaged []int) {
 	for _, file := range old {
 		_ = file.Close()
 	}
@@ -719,7 +735,7 @@ func (j *Journal) clear(old []*logFile, gen int) {
 		switch {
 		case n >= gen || err != nil && !errors.Is(err, fs.ErrNotExist):
 			return
-		case slices.ContainsFunc(old, func(file *logFile) bool { return file.gen == n && file.damaged }):
+		case slices.Contains(damaged, n):
 			err = j.disk.rename(j.path(n), j.path(n)+".damaged")
 		default:
 			err = j.disk.remove(j.path(n))
@@ -783,6 +799,9 @@ type record struct {
 	event []byte
 }
 
+// recordStart is how a record starts, and is found in no JSON: in a string, its first quote would be the end.
+var recordStart = regexp.MustCompile(`[0-9a-f]{8} \{"(id|done|sha256)"`)
+
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // checksum returns what stands before record in a line.
@@ -821,6 +840,9 @@ func parseRecord(line []byte) (rec record) {
 	if checksum(line[9:end]) != [9]byte(line) {
 		end = 9 + scan(line[9:], 0, nesting+1, nil) // a damaged line break costs no record
 		if end < 9 || checksum(line[9:end]) != [9]byte(line) {
+			if next := recordStart.FindIndex(line[1:]); next != nil {
+				rec.size = 1 + next[0]
+			}
 			return rec
 		}
 	}

@@ -3824,12 +3824,13 @@ type journalModel struct {
 	done   map[string]bool   // those whose Done returned nil
 	doubt  map[string]bool   // those whose Done returned an error
 	gaveUp map[string]bool   // in this life
+	moved  map[string]bool   // claimed again after that, but refused: after a crash they may have the new place
 }
 
 func newJournalModel(t testing.TB) *journalModel {
 	return &journalModel{
 		t: t, bodies: make(map[string][]byte), done: make(map[string]bool), doubt: make(map[string]bool),
-		gaveUp: make(map[string]bool),
+		gaveUp: make(map[string]bool), moved: make(map[string]bool),
 	}
 }
 
@@ -3854,13 +3855,15 @@ func (m *journalModel) claim(j *Journal, env *Envelope) bool {
 	switch {
 	case err != nil:
 		journalExpectStep(m.t, err)
+		m.moved[id] = m.moved[id] || m.gaveUp[id]
 		return false
 	case fresh && known && !m.gaveUp[id]:
 		m.t.Errorf("%s is new a second time", id)
 	case !fresh && !known:
 		m.t.Errorf("%s is acknowledged as a duplicate of nothing", id)
-	case fresh && !known:
-		m.order = append(m.order, id)
+	case fresh:
+		m.order = append(slices.DeleteFunc(m.order, func(s string) bool { return s == id }), id)
+		delete(m.moved, id)
 	}
 	delete(m.gaveUp, id)
 	return true
@@ -3943,12 +3946,12 @@ func (m *journalModel) expectPending(j *Journal, crashed, lossy bool) (errs []er
 		case !found && !crashed && m.gaveUp[id]: // it rests
 		case !found:
 			m.t.Errorf("%s was acknowledged and is lost; there are %q", id, ids)
-		default:
+		case !crashed || !m.moved[id]:
 			want = append(want, id)
 		}
 	}
 	for _, id := range ids {
-		if slices.Contains(m.order, id) {
+		if slices.Contains(m.order, id) && (!crashed || !m.moved[id]) {
 			got = append(got, id)
 		}
 	}
@@ -3958,6 +3961,7 @@ func (m *journalModel) expectPending(j *Journal, crashed, lossy bool) (errs []er
 	if crashed {
 		m.order = order
 		clear(m.gaveUp)
+		clear(m.moved)
 		clear(m.doubt)
 		for _, id := range order {
 			delete(m.done, id)
@@ -4319,7 +4323,7 @@ func journalAlive(lines []journalLine, lost func(journalLine) bool) (ids []strin
 		switch {
 		case lost(line):
 		case line.id != "":
-			ids = append(ids, line.id)
+			ids = append(slices.DeleteFunc(ids, func(id string) bool { return id == line.id }), line.id)
 		case line.done != "":
 			ids = slices.DeleteFunc(ids, func(id string) bool { return id == line.done })
 		}
@@ -7716,4 +7720,270 @@ func TestDrainedFlood(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A directory that is made anew under a running journal is another's: only that one acknowledges.
+func TestDirectoryMadeAnew(t *testing.T) {
+	for _, way := range []string{"removed", "moved"} {
+		t.Run(way, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "journal")
+			a := journalOpen(t, dir)
+			err := os.RemoveAll(dir)
+			if way == "moved" {
+				err = errors.Join(os.MkdirAll(dir, 0o700), os.Rename(dir, dir+".old"))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			b := journalOpen(t, dir)
+			journalClaimed(t, b, "evt_b")
+			if fresh, err := a.Claim(t.Context(), journalEvent("evt_a", 0, 0)); fresh || !errors.Is(err, ErrClosed) {
+				t.Errorf("the earlier one claims: %v, %v", fresh, err)
+			}
+			_ = journalCompact(a)
+			if ids := journalPending(t, journalOpen(t, dir)); !slices.Equal(ids, []string{"evt_b"}) {
+				t.Errorf("kept %q", ids)
+			}
+		})
+	}
+}
+
+// TestRow05ZeroedRange: what lies behind a damaged stretch is read, wherever that ends.
+func TestRow05ZeroedRange(t *testing.T) {
+	name, content, lines, m := journalSample(t)
+	last := lines[len(lines)-4] // the last of the claims that are alive
+	for from := 0; from < last.off; from += journalCount(97, 7) {
+		for to := from + 1; to <= last.off; to++ {
+			if boundary := content[to-1] == '\n' || content[to] == '\n'; !boundary && to%journalCount(31, 1) != 0 {
+				continue
+			}
+			spoiled := bytes.Clone(content)
+			clear(spoiled[from:to])
+			want := journalAlive(lines, func(line journalLine) bool { return line.off < to && from < line.end })
+			journalSpoiled(t, m, name, spoiled, want)
+			if t.Failed() {
+				t.Fatalf("bytes %d to %d of %q were zeroed", from, to, content)
+			}
+		}
+	}
+}
+
+// An event that was given up may be claimed again with another body, which then counts; if that claim is refused, the
+// first does.
+func TestClaimedAnew(t *testing.T) {
+	first, second := journalEvent("evt_1", 0, 0), journalEvent("evt_1", 1, 10)
+	for _, test := range []struct {
+		refused, compacted bool
+		want               *Envelope
+	}{{false, false, second}, {false, true, second}, {true, false, first}, {true, true, first}} {
+		t.Run(fmt.Sprintf("refused=%v,compacted=%v", test.refused, test.compacted), func(t *testing.T) {
+			medium := newDisk()
+			d := medium.process()
+			j := openOn(t, d, 0)
+			for _, id := range []string{"evt_1", "evt_2"} {
+				journalClaimed(t, j, id)
+			}
+			if err := j.Done(t.Context(), first, errTest); err != nil {
+				t.Fatal(err)
+			}
+			if test.refused {
+				d.failWhere(func(op, _ string) bool { return op == "write" })
+			}
+			if fresh, err := j.Claim(t.Context(), second); fresh == test.refused || (err != nil) != test.refused {
+				t.Fatalf("claimed again: %v, %v", fresh, err)
+			}
+			d.hook = nil
+			want := []string{"evt_2", "evt_1"}
+			if test.refused {
+				want = []string{"evt_1", "evt_2"}
+				if fresh, err := j.Claim(t.Context(), first); !fresh || err != nil { // it is open still
+					t.Fatalf("claimed at last: %v, %v", fresh, err)
+				}
+				slices.Reverse(want)
+			}
+			if test.compacted {
+				if err := journalCompact(j); err != nil {
+					t.Fatal(err)
+				}
+			}
+			journalExpectLive(t, j)
+			d.die()
+			j = openOn(t, medium.process(), 0)
+			var got []string
+			for env, err := range j.Pending(t.Context()) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got = append(got, env.EventID); env.EventID == "evt_1" && !bytes.Equal(env.Raw, test.want.Raw) {
+					t.Errorf("kept %q, want %q", env.Raw, test.want.Raw)
+				}
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("kept %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+// journalExpectLive expects that the bytes that are alive are those of the claims.
+func journalExpectLive(t testing.TB, j *Journal) {
+	t.Helper()
+	want := int64(0)
+	for _, c := range j.claims {
+		want += int64(c.size)
+	}
+	expectEqual(t, "live", j.live, want)
+}
+
+// While an event that was given up is claimed again, its first record turns out to be damaged.
+func TestClaimedAnewWhileDamaged(t *testing.T) {
+	for _, refused := range []bool{false, true} {
+		medium := newDisk()
+		d := medium.process()
+		j := openOn(t, d, 0)
+		env := journalClaimed(t, j, "evt_1")
+		if err := j.Done(t.Context(), env, errTest); err != nil {
+			t.Fatal(err)
+		}
+		d.hook = func(op, path string) error {
+			if op != "sync" {
+				return nil
+			}
+			d.hook = nil
+			medium.names[path].now[20] ^= 1
+			if ids, errs := newJournalModel(t).pending(j); len(ids) > 0 || len(errs) != 1 {
+				t.Errorf("Pending yields %q, %v", ids, errs)
+			}
+			if refused {
+				return diskFails(op, path)
+			}
+			return nil
+		}
+		if fresh, err := j.Claim(t.Context(), env); fresh == refused || (err != nil) != refused {
+			t.Fatalf("claimed again: %v, %v", fresh, err)
+		}
+		journalExpectLive(t, j)
+		if refused {
+			journalClaimed(t, j, "evt_1")
+		}
+		if ids := journalPending(t, j); !slices.Equal(ids, []string{"evt_1"}) {
+			t.Errorf("kept %q", ids)
+		}
+	}
+}
+
+// journalDamaged returns a disk with a journal of two events, the first of them damaged, and the name of its file.
+func journalDamaged(t testing.TB) (medium *diskMedium, name string) {
+	medium = newDisk()
+	j := openOn(t, medium.process(), 0)
+	journalClaimed(t, j, "evt_1")
+	journalClaimed(t, j, "evt_2")
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+	name, content := medium.newest(".log")
+	content[20] ^= 1
+	return diskWith(name, content), name
+}
+
+// Damage that Pending had no time to report is reported by Close.
+func TestDamageReportedAtClose(t *testing.T) {
+	medium, _ := journalDamaged(t)
+	if err := openOn(t, medium.process(), 0).Close(); err == nil || !strings.Contains(err.Error(), "damaged record at byte 0") {
+		t.Errorf("Close returns %v", err)
+	}
+	if err := openOn(t, medium.process(), 0).Close(); err != nil {
+		t.Errorf("then Close returns %v", err)
+	}
+}
+
+// A damaged file that could not be renamed is kept, and is renamed after the next compaction.
+func TestDamagedIsKept(t *testing.T) {
+	medium, name := journalDamaged(t)
+	d, failed := medium.process(), false
+	d.failWhere(func(op, path string) bool {
+		strikes := op == "rename" && path == name && !failed
+		failed = failed || strikes
+		return strikes
+	})
+	j := openOn(t, d, 0)
+	if medium.names[name] == nil {
+		t.Error("the damaged file is gone:", diskNames(medium))
+	}
+	if err := journalCompact(j); err != nil {
+		t.Fatal(err)
+	}
+	if medium.names[name+".damaged"] == nil || medium.names[name] != nil {
+		t.Error("the damaged file was not kept aside:", diskNames(medium))
+	}
+}
+
+// A large event does not stay in memory when it is done.
+func TestLargeEventLeavesMemory(t *testing.T) {
+	j := journalOpen(t, t.TempDir())
+	env := journalEvent("evt_1", 0, 2<<20)
+	if fresh, err := j.Claim(t.Context(), env); !fresh || err != nil {
+		t.Fatal(fresh, err)
+	}
+	if cap(j.buf) > 1<<20 {
+		t.Errorf("a buffer of %d bytes stays", cap(j.buf))
+	}
+}
+
+// A record of a clock that was ahead does not keep the ids behind it for longer than the retention.
+func TestClockWasAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ahead := string(appendRecord(nil, "done", "evt_ahead", time.Now().AddDate(10, 0, 0).UnixMilli(), nil))
+		medium := diskWith(filepath.Join("journal", "events-00000001.log"), []byte(ahead))
+		j := openOn(t, medium.process(), time.Hour)
+		env := journalClaimed(t, j, "evt_1")
+		if err := j.Done(t.Context(), env, nil); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Hour)
+		journalClaimed(t, j, "evt_1")
+		if n := j.done.len(); n != 0 {
+			t.Errorf("%d ids are remembered", n)
+		}
+	})
+}
+
+// While an fsync fails slowly, who waits for a new file shares the failure of the one who tried to make it.
+func TestSlowFailure(t *testing.T) {
+	const count = 100
+	medium := newDisk()
+	d := medium.process()
+	j := openOn(t, d, 0)
+	tries := 0
+	d.hook = func(op, path string) error {
+		if op != "sync" {
+			return nil
+		}
+		if tries++; tries == 2 { // the first is that of the claim
+			stacks := make([]byte, 1<<20)
+			journalWait(t, "the claims", func() bool {
+				return bytes.Count(stacks[:runtime.Stack(stacks, true)], []byte("[sync.Mutex.Lock")) >= count-1
+			})
+		}
+		return diskFails(op, path)
+	}
+	if fresh, err := j.Claim(t.Context(), journalEvent("evt_1", 0, 0)); fresh || err == nil {
+		t.Fatal(fresh, err)
+	}
+	var claims sync.WaitGroup
+	for i := range count {
+		claims.Go(func() {
+			fresh, err := j.Claim(t.Context(), journalEvent(fmt.Sprint("evt_", i), 0, 0))
+			if fresh {
+				t.Error("an event was claimed")
+			}
+			journalExpectStep(t, err)
+		})
+	}
+	claims.Wait()
+	if tries != 2 {
+		t.Errorf("%d fsyncs were tried", tries)
+	}
+	d.hook = nil
+	journalClaimed(t, j, "evt_1")
 }
