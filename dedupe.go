@@ -56,7 +56,7 @@ type Inbox interface {
 // forgets them with it. The zero value is ready to use. Set the fields before the first call. Its methods are safe for
 // concurrent use and return no errors.
 type Memory struct {
-	TTL   time.Duration // how long a handled id is remembered; 0 means 24 hours
+	TTL   time.Duration // how long a handled id is remembered, to the next full second; 0 means 24 hours
 	Limit int           // ids remembered at most, the oldest handled ones go first; 0 means 1,000,000
 
 	mu      sync.Mutex // protects what follows
@@ -158,7 +158,7 @@ func (s *idSet) drop() {
 	s.queue = s.queue[1:]
 }
 
-// Journal is the Inbox for one process with a local disk: append-only text files in a directory of its own, a record a
+// Journal is the Inbox for one Receiver with a local disk: append-only text files in a directory of its own, a record a
 // line: a checksum (CRC-32C in hex), a space, and JSON. {"id":…,"at":…,"event":…} is a claim with the body as it was
 // received, or "base64" where that has line breaks or white space around it; {"done":…,"at":…} is its end; times are Unix
 // milliseconds. Of finished events, compaction keeps {"sha256":…,"at":…}: the first halves of the hashes of their ids,

@@ -34,6 +34,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -59,8 +60,6 @@ func Handler(cb Callbacks, opts ...Option) *Receiver {
 	}
 	r.alive, r.cancel = context.WithCancelCause(context.Background())
 	r.drained, r.drain = context.WithCancel(context.Background())
-	r.room, r.spare = make(chan struct{}, r.backlog), make(chan struct{}, r.backlog)
-	r.lobby = make(chan struct{}, r.backlog)
 	if r.inbox != nil {
 		r.behind = true
 		r.sweep = time.AfterFunc(sweepEvery, r.readInbox) // not at once, since a reading uses r.sweep
@@ -98,9 +97,6 @@ type Receiver struct {
 
 	alive   context.Context // ends with Shutdown, or when the inbox is lost; so do the contexts of the callbacks
 	cancel  context.CancelCauseFunc
-	room    chan struct{}   // holds one for each event in memory that has not failed yet
-	spare   chan struct{}   // holds one for each that has, while there is any
-	lobby   chan struct{}   // holds one for each event that waits for room
 	sweep   *time.Timer     // reads the inbox
 	drained context.Context // ends when nothing is accepted any more, and neither a task nor a reading is left
 	drain   context.CancelFunc
@@ -112,6 +108,9 @@ type Receiver struct {
 	tails   map[string]*task // by case id: the last task of each case that has any; the first leads to it by next
 	ready   []*task          // those whose turn it is, in order
 	running int              // goroutines that run tasks: at most concurrency
+	held    int              // events in memory, or about to be
+	failed  int              // those of them that have failed; as many as backlog take no room
+	lobby   []chan struct{}  // of those who wait for room, in order; closed when it is given
 
 	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
 	failing  bool                // the last reading of the inbox met an error
@@ -428,11 +427,11 @@ type task struct {
 
 	next    *task // of the same case, to run after this one
 	attempt int
-	timer   *time.Timer   // ends the waiting
-	room    chan struct{} // what it takes its room of
-	ended   bool          // nothing is left to do but to record result
-	result  error         // what Done is given; ErrClosed where it was told as Unfinished, and Done is not called
-	records int           // how often Done has failed
+	timer   *time.Timer // ends the waiting
+	failed  bool        // it, or its Done, at least once
+	ended   bool        // nothing is left to do but to record result
+	result  error       // what Done is given; ErrClosed where it was told as Unfinished, and Done is not called
+	records int         // how often Done has failed
 }
 
 type state uint8
@@ -517,7 +516,7 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 			return false, err
 		}
 		if fresh = !r.failClosed; fresh {
-			err = nil
+			err, t.records = nil, doneAttempts-1 // one Done will do, for there may be no claim
 		}
 	}
 	if fresh && r.inbox == nil {
@@ -569,25 +568,43 @@ func (r *Receiver) storeFailed(t *task, step string, err error) error {
 	return err
 }
 
-// waitForRoom takes room in memory for one event.
+// takeRoom takes room in memory for one event, if there is any. mu is held.
+func (r *Receiver) takeRoom() bool {
+	if r.used() >= r.backlog {
+		return false
+	}
+	r.held++
+	return true
+}
+
+// used returns how much room is taken. mu is held.
+func (r *Receiver) used() int { return r.held - min(r.failed, r.backlog) }
+
+// waitForRoom takes room in memory for one event, as soon as there is any.
 func (r *Receiver) waitForRoom() error {
-	if r.tryRoom() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.takeRoom() {
 		return nil
 	}
-	select {
-	case r.lobby <- struct{}{}:
-		defer func() { <-r.lobby }()
-	default:
+	if len(r.lobby) == r.backlog {
 		return ErrBusy
 	}
+	turn := make(chan struct{})
+	r.lobby = append(r.lobby, turn)
+	r.mu.Unlock()
 	ctx, cancel := context.WithTimeoutCause(r.alive, roomTimeout, ErrBusy)
 	defer cancel()
 	select {
-	case r.room <- struct{}{}:
-		return nil
+	case <-turn:
 	case <-ctx.Done():
+	}
+	r.mu.Lock()
+	if i := slices.Index(r.lobby, turn); i >= 0 { // its turn has not come
+		r.lobby = slices.Delete(r.lobby, i, i+1)
 		return context.Cause(ctx)
 	}
+	return nil
 }
 
 // place puts t, which is claimed, where its turn will come: into memory, or with an inbox behind what waits there. The
@@ -597,33 +614,23 @@ func (r *Receiver) place(t *task) error {
 	defer r.mu.Unlock()
 	switch {
 	case r.inbox == nil && r.alive.Err() != nil:
-		<-r.room
+		r.held--
 		return ErrClosed
-	case r.inbox != nil && (r.closed || r.behind || len(r.room)+len(r.arrivals) >= r.backlog):
+	case r.inbox != nil && (r.closed || r.behind || r.used()+len(r.arrivals) >= r.backlog):
 		r.behind = true
 		r.checkWake()
 	case r.reading != nil:
 		t.state = arrived
 		r.arrivals = append(r.arrivals, t)
-	case r.inbox == nil || r.tryRoom(): // there is some
+	case r.inbox == nil || r.takeRoom(): // there is some
 		r.enqueue(t)
 	}
 	return nil
 }
 
-// tryRoom takes room in memory for one event, if there is any.
-func (r *Receiver) tryRoom() bool {
-	select {
-	case r.room <- struct{}{}:
-		return true
-	default:
-		return false
-	}
-}
-
 // enqueue puts t behind the other events of its case (promise 5). mu is held.
 func (r *Receiver) enqueue(t *task) {
-	t.state, t.room = queued, r.room
+	t.state = queued
 	if t.caseID != "" {
 		last := r.tails[t.caseID]
 		r.tails[t.caseID] = t
@@ -647,9 +654,15 @@ func (r *Receiver) makeReady(t *task) {
 // work runs what is ready.
 func (r *Receiver) work() {
 	growStack()
+	idle := false
+	defer func() {
+		if !idle { // a callback has called runtime.Goexit, which ends this goroutine
+			go r.work()
+		}
+	}()
 	for {
 		r.mu.Lock()
-		if len(r.ready) == 0 {
+		if idle = len(r.ready) == 0; idle {
 			r.running--
 			r.checkDrained()
 			r.mu.Unlock()
@@ -683,16 +696,17 @@ func growStack() {
 func (r *Receiver) run(t *task) {
 	start := time.Now()
 	outcome, err := Retrying, errGoexit // unless the callback returns
+	var drift error
 	defer func() {
 		if v := recover(); v != nil {
 			err = &PanicError{v, debug.Stack()}
 		}
-		r.finish(t, Observation{outcome, t.env, t.env.Raw, t.attempt, time.Since(start), err})
-		if err == errGoexit { // which ends this goroutine
-			go r.work()
+		if outcome == Retrying && drift != nil {
+			err = errors.Join(err, drift)
 		}
+		r.finish(t, Observation{outcome, t.env, t.env.Raw, t.attempt, time.Since(start), err})
 	}()
-	outcome, err = r.cb.call(&callbackContext{r.alive, t.ctx}, t.env)
+	outcome, err = r.cb.call(&callbackContext{r.alive, t.ctx}, t.env, &drift)
 }
 
 // callbackContext has the end of a receiver and the values of a request.
@@ -708,34 +722,30 @@ func (c *callbackContext) Value(key any) any {
 	return c.values.Value(key)
 }
 
-// call calls the callback for env. The outcome is Retrying if that failed.
-func (cb *Callbacks) call(ctx context.Context, env *Envelope) (outcome Outcome, err error) {
+// call calls the callback for env. The outcome is Retrying if that failed. drift is set where the data does not fit.
+func (cb *Callbacks) call(ctx context.Context, env *Envelope, drift *error) (outcome Outcome, err error) {
 	var taken bool
-	var drift error
 	switch env.EventType {
 	case TypeCaseCompleted:
-		taken, drift, err = callTyped(ctx, env, cb.CaseCompleted)
+		taken, *drift, err = callTyped(ctx, env, cb.CaseCompleted)
 	case TypeCaseFailed:
-		taken, drift, err = callTyped(ctx, env, cb.CaseFailed)
+		taken, *drift, err = callTyped(ctx, env, cb.CaseFailed)
 	case TypeCaseInputNeeded:
-		taken, drift, err = callTyped(ctx, env, cb.CaseInputNeeded)
+		taken, *drift, err = callTyped(ctx, env, cb.CaseInputNeeded)
 	}
 	switch {
 	case taken:
 	case cb.Other != nil:
 		err = cb.Other(ctx, env)
-	case drift != nil:
-		return GaveUp, drift // a newer version of this library may understand it
+	case *drift != nil:
+		return GaveUp, *drift // a newer version of this library may understand it
 	default:
 		return Ignored, nil
 	}
-	switch {
-	case err == nil:
-		return Handled, drift
-	case drift != nil:
-		err = errors.Join(err, drift)
+	if err != nil {
+		return Retrying, err
 	}
-	return Retrying, err
+	return Handled, *drift
 }
 
 func callTyped[T any](ctx context.Context, env *Envelope, f func(context.Context, *Envelope, *T) error) (
@@ -799,13 +809,10 @@ func (r *Receiver) settle(t *task, over bool) {
 		if t.ended {
 			pause = jitter(storeRest, t.records, sweepEvery)
 		}
-		select {
-		case r.spare <- struct{}{}:
-			<-t.room
-			t.room = r.spare
-		default:
+		if t.state = queued; !t.failed {
+			t.failed = true
+			r.failed++
 		}
-		t.state = queued
 		t.timer = time.AfterFunc(pause, func() {
 			r.mu.Lock()
 			defer r.mu.Unlock()
@@ -813,6 +820,10 @@ func (r *Receiver) settle(t *task, over bool) {
 				r.makeReady(t)
 			}
 		})
+	}
+	for len(r.lobby) > 0 && r.takeRoom() {
+		close(r.lobby[0])
+		r.lobby = r.lobby[1:]
 	}
 	r.checkDrained()
 	r.checkWake()
@@ -828,7 +839,7 @@ func jitter(first time.Duration, n int, limit time.Duration) time.Duration {
 	for ; n > 1 && d < limit; n-- {
 		d *= 2
 	}
-	d = min(d, max(first, limit))
+	d = min(d, max(first, limit), math.MaxInt64/4)
 	return d*3/4 + rand.N(d/2+1)
 }
 
@@ -838,7 +849,10 @@ func (r *Receiver) forget(t *task) {
 		r.reading[t.env.EventID] = struct{}{}
 	}
 	if t.state != arrived {
-		<-t.room
+		r.held--
+	}
+	if t.failed {
+		r.failed--
 	}
 	t.state = gone
 }
@@ -846,7 +860,7 @@ func (r *Receiver) forget(t *task) {
 // checkWake asks for a reading of the inbox when there is room again: half of the backlog, so that a long inbox is not
 // read anew for every event. mu is held.
 func (r *Receiver) checkWake() {
-	if r.behind && !r.failing && r.reading == nil && !r.closed && len(r.room) <= r.backlog/2 {
+	if r.behind && !r.failing && r.reading == nil && !r.closed && r.used() <= r.backlog/2 {
 		r.sweep.Reset(0)
 	}
 }
@@ -868,6 +882,9 @@ func (r *Receiver) drop(all bool) (dropped []*task) {
 			if t.timer != nil {
 				t.timer.Stop()
 			}
+			if !t.ended {
+				t.result = ErrClosed
+			}
 			r.forget(t)
 			dropped = append(dropped, t)
 		}
@@ -885,24 +902,30 @@ func (r *Receiver) abandon(reason error) {
 	}
 	r.closed = true
 	r.cancel(ErrClosed)
-	// What has ended was handled or given up, and that its Done failed was reported. An inbox keeps what waits.
-	left := slices.DeleteFunc(r.drop(true), func(t *task) bool { return t.ended || r.inbox != nil })
+	r.running++ // so that no other Shutdown returns before this has told what is left
+	// An inbox keeps what waits, unless it is only to be recorded.
+	left := slices.DeleteFunc(r.drop(true), func(t *task) bool { return r.inbox != nil && !t.ended })
 	waiting := len(left)
 	for _, t := range r.tasks {
 		if t.state == running && !t.ended && t.result == nil {
 			left = append(left, t)
 		}
 	}
-	r.checkDrained()
 	r.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
 	for i, t := range slices.Backward(left) { // those that run first, since a store may be slow
-		if i < waiting {
-			_ = r.done(ctx, t, ErrClosed)
+		if i < waiting && ctx.Err() == nil {
+			_ = r.done(&callbackContext{ctx, t.ctx}, t, t.result)
 		}
-		r.observe(t.ctx, Observation{Unfinished, t.env, t.env.Raw, t.attempt, 0, reason})
+		if i >= waiting || !t.ended {
+			r.observe(t.ctx, Observation{Unfinished, t.env, t.env.Raw, t.attempt, 0, reason})
+		}
 	}
+	r.mu.Lock()
+	r.running--
+	r.checkDrained()
+	r.mu.Unlock()
 }
 
 // readInbox brings the events of the inbox into memory, as far as there is room, and in its order; what is accepted
@@ -924,11 +947,11 @@ func (r *Receiver) readInbox() {
 	var undecided []*task
 	for env, err := range r.inbox.Pending(ctx) {
 		if err == nil {
-			whole = r.readBack(env, &undecided)
+			whole = r.readBack(env, start, &undecided)
 		} else if failing = true; r.alive.Err() == nil {
 			_ = r.storeFailed(nil, "pending", err)
 		}
-		if whole = whole && r.alive.Err() == nil && time.Since(start) < sweepEvery/2; !whole { // lest it outlasts ctx
+		if whole = whole && r.alive.Err() == nil; !whole {
 			break
 		}
 	}
@@ -946,7 +969,7 @@ func (r *Receiver) readInbox() {
 		if t.state != arrived { // it was read, too
 			continue
 		}
-		if r.behind = r.behind || !r.tryRoom(); r.behind {
+		if r.behind = r.behind || !r.takeRoom(); r.behind {
 			r.forget(t) // it stays in the inbox
 		} else {
 			r.enqueue(t)
@@ -963,8 +986,9 @@ func (r *Receiver) readInbox() {
 }
 
 // readBack takes an event that was read from the inbox into memory, if it is to be handled and not there, and reports
-// whether there was room. It passes over one that is being decided, and then leaves the later ones of its case.
-func (r *Receiver) readBack(env *Envelope, undecided *[]*task) (ok bool) {
+// whether to go on: there was room, and after an event that was taken, time. It passes over one that is being decided,
+// and then leaves the later ones of its case.
+func (r *Receiver) readBack(env *Envelope, start time.Time, undecided *[]*task) (ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	t := r.tasks[env.EventID]
@@ -983,11 +1007,12 @@ func (r *Receiver) readBack(env *Envelope, undecided *[]*task) (ok bool) {
 	switch {
 	case slices.ContainsFunc(*undecided, func(u *task) bool { return t.caseID != "" && t.caseID == u.caseID }):
 		r.behind = true
-	case r.closed || !r.tryRoom():
+	case r.closed || !r.takeRoom():
 		return false
 	default:
 		r.tasks[env.EventID] = t
 		r.enqueue(t)
+		return time.Since(start) < sweepEvery/2 // lest the reading outlasts its context
 	}
 	return true
 }

@@ -7987,3 +7987,235 @@ func TestSlowFailure(t *testing.T) {
 	d.hook = nil
 	journalClaimed(t, j, "evt_1")
 }
+
+// ended returns a context that has ended.
+func ended() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}
+
+// TestHangingDeduper: handling an event without its Deduper takes one attempt to record the end, not one for each of the
+// times that the end of a claim is worth.
+func TestHangingDeduper(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, nil, WithConcurrency(1))
+		hang := func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		r.store.onClaim = func(ctx context.Context, _ *Envelope) error { return hang(ctx) }
+		r.store.onDone = func(ctx context.Context, _ *Envelope, _ error) error { return hang(ctx) }
+		r.deliver(t, "evt_1", "case_1")
+		time.Sleep(time.Hour)
+		expectList(t, "store", r.store.noted(), "claim evt_1", "done evt_1 <nil>")
+		expectList(t, "callbacks", r.called(), "evt_1")
+	})
+}
+
+// TestGoexitAndPanic: a callback that ends its goroutine costs no more than that, whatever else it does; and one that
+// returns the error that stands for it ends none.
+func TestGoexitAndPanic(t *testing.T) {
+	for name, f := range map[string]func() error{
+		"Goexit": func() error { runtime.Goexit(); return nil },
+		"a panic in a deferred function": func() error {
+			defer func() { panic("deferred") }()
+			runtime.Goexit()
+			return nil
+		},
+		"the error of another's Goexit": func() error { return errGoexit },
+	} {
+		inBubble(t, name, func(t *testing.T) {
+			running, most := 0, 0
+			r := newRig(t, func(_ context.Context, env *Envelope) error {
+				if env.EventID == "evt_1" {
+					return f()
+				}
+				running++
+				most = max(most, running)
+				time.Sleep(time.Second)
+				running--
+				return nil
+			}, WithConcurrency(1), WithRetry(1, 0))
+			r.deliver(t, "evt_1", "case_1")
+			synctest.Wait()
+			r.deliver(t, "evt_2", "case_2")
+			r.deliver(t, "evt_3", "case_3")
+			deadline, cancel := context.WithTimeout(t.Context(), time.Hour)
+			defer cancel()
+			if err := r.Shutdown(deadline); err != nil {
+				t.Error("Shutdown:", err)
+			}
+			expectList(t, "callbacks", r.called(), "evt_1", "evt_2", "evt_3")
+			expectEqual(t, "callbacks at once", most, 1)
+		})
+	}
+}
+
+// TestRoomOfFailed: as many events as the backlog holds take no room once they have failed, whichever failed first.
+func TestRoomOfFailed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		calls := make(map[string]int)
+		r := newRig(t, func(_ context.Context, env *Envelope) error {
+			if calls[env.EventID]++; calls[env.EventID] == 1 {
+				return errTest
+			}
+			return nil
+		}, WithBacklog(1), WithRetry(2, time.Hour))
+		r.deliver(t, "evt_1", "case_1") // rests for 45 to 75 minutes
+		time.Sleep(40 * time.Minute)
+		r.deliver(t, "evt_2", "case_2")
+		time.Sleep(40 * time.Minute)
+		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Retrying, Handled)
+		r.deliver(t, "evt_3", "case_3")
+	})
+}
+
+// TestShutdownRecords: when its time is over, Shutdown tries once more to record what has ended.
+func TestShutdownRecords(t *testing.T) {
+	for want, result := range map[string]error{"<nil>": nil, errTest.Error(): errTest} {
+		inBubble(t, want, func(t *testing.T) {
+			away := true
+			r := newRig(t, func(context.Context, *Envelope) error { return result }, WithRetry(1, 0))
+			r.store.onDone = func(context.Context, *Envelope, error) error {
+				if away {
+					return errors.New("the store is away")
+				}
+				return nil
+			}
+			r.deliver(t, "evt_1", "case_1")
+			synctest.Wait()
+			away = false
+			_ = r.Shutdown(ended())
+			expectList(t, "store", r.store.noted(), "claim evt_1", "done evt_1 "+want, "done evt_1 "+want)
+			expectEqual(t, "told as unfinished", r.count(Unfinished), 0)
+		})
+	}
+	inBubble(t, "inbox", func(t *testing.T) {
+		dir, away := t.TempDir(), true
+		for want := 1; want >= 0; want-- {
+			j := journalOpen(t, dir)
+			r := newRig(t, nil, WithInbox(flakyInbox{j, &away}))
+			if want == 1 {
+				r.deliver(t, "evt_1", "case_1")
+			}
+			synctest.Wait()
+			away = false
+			_ = r.Shutdown(ended())
+			if err := j.Close(); err != nil {
+				t.Error(err)
+			}
+			expectEqual(t, "callbacks", len(r.called()), want)
+		}
+	})
+}
+
+// flakyInbox is a journal that cannot record an end while away.
+type flakyInbox struct {
+	*Journal
+	away *bool
+}
+
+func (in flakyInbox) Done(ctx context.Context, env *Envelope, err error) error {
+	if *in.away {
+		return errors.New("the store is away")
+	}
+	return in.Journal.Done(ctx, env, err)
+}
+
+// TestTwoShutdowns: one that waits returns when the other has told what is left. The ids are opened with the values of
+// the requests, and a store that does not heed its context holds that up once.
+func TestTwoShutdowns(t *testing.T) {
+	for _, slow := range []time.Duration{time.Second, time.Minute} {
+		inBubble(t, slow.String(), func(t *testing.T) {
+			type key struct{}
+			r := newRig(t, func(context.Context, *Envelope) error { return errTest }, WithRetry(2, time.Hour))
+			r.store.onDone = func(ctx context.Context, env *Envelope, _ error) error {
+				time.Sleep(slow)
+				expectEqual(t, "value", ctx.Value(key{}), any(env.EventID))
+				return nil
+			}
+			for _, id := range []string{"evt_1", "evt_2", "evt_3"} {
+				ctx := context.WithValue(t.Context(), key{}, id)
+				if _, err := r.Deliver(ctx, eventBody(id, id)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			synctest.Wait()
+			var waiting sync.WaitGroup
+			waiting.Go(func() {
+				if err := r.Shutdown(context.Background()); err != nil {
+					t.Error(err)
+				}
+				expectEqual(t, "told as unfinished", r.count(Unfinished), 3)
+			})
+			synctest.Wait()
+			start := time.Now()
+			if err := r.Shutdown(ended()); err != context.Canceled {
+				t.Errorf("Shutdown returns %v", err)
+			}
+			expectEqual(t, "Shutdown took", time.Since(start), min(3*slow, time.Minute))
+			waiting.Wait()
+		})
+	}
+}
+
+// TestDriftAndPanic: the observer is told of drift also where Other panics.
+func TestDriftAndPanic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(context.Context, *Envelope) error { panic("surprised") }, WithRetry(2, 0))
+		body := `{"event_id":"evt_1","event_type":"case.completed","data":{"caseId":7}}`
+		if _, err := r.Deliver(t.Context(), []byte(body)); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Retrying, GaveUp)
+		for _, o := range r.observations("evt_1")[1:] {
+			if p := (*PanicError)(nil); !errors.As(o.Err, &p) || !strings.Contains(o.Err.Error(), "data does not fit") {
+				t.Errorf("%s: %v", o.Outcome, o.Err)
+			}
+		}
+	})
+}
+
+// delayedInbox is a journal whose readings are slow.
+type delayedInbox struct {
+	*Journal
+	first, each time.Duration
+}
+
+func (in delayedInbox) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
+	return func(yield func(*Envelope, error) bool) {
+		time.Sleep(in.first)
+		for env, err := range in.Journal.Pending(ctx) {
+			if time.Sleep(in.each); !yield(env, err) {
+				return
+			}
+		}
+	}
+}
+
+// TestInboxSlowPending: while a reading is slow, events that are in memory do not keep it from those behind them.
+func TestInboxSlowPending(t *testing.T) {
+	for name, in := range map[string]delayedInbox{
+		"first": {first: 6 * time.Second}, "each": {each: 100 * time.Millisecond},
+	} {
+		inBubble(t, name, func(t *testing.T) {
+			in.Journal = journalOpen(t, t.TempDir())
+			r := newRig(t, func(_ context.Context, env *Envelope) error {
+				if strings.HasPrefix(env.EventID, "evt_stuck") {
+					return errTest
+				}
+				return nil
+			}, WithInbox(in), WithRetry(1000, time.Second))
+			for i := range 60 {
+				r.deliver(t, fmt.Sprint("evt_stuck_", i), fmt.Sprint("case_stuck_", i))
+			}
+			time.Sleep(time.Hour)
+			r.deliver(t, "evt_1", "case_1")
+			time.Sleep(time.Minute)
+			expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Handled)
+			_ = r.Shutdown(ended())
+		})
+	}
+}
