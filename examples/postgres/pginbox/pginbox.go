@@ -88,7 +88,13 @@ func open(ctx context.Context, url string, retention, tidyEvery time.Duration) (
 	if retention <= 0 {
 		retention = 30 * 24 * time.Hour
 	}
-	pool, err := pgxpool.New(ctx, url)
+	config, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("pginbox: %w", err)
+	}
+	// A claim has to see what those committed for whose lock it waited.
+	config.ConnConfig.RuntimeParams["default_transaction_isolation"] = "read committed"
+	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("pginbox: %w", err)
 	}
@@ -418,12 +424,17 @@ func ping(ctx context.Context, conn *pgx.Conn) error {
 	return conn.Ping(ctx)
 }
 
-// tidy takes over from owners that were found dead deathLooks times in a row, as free counts them, and deletes rows
-// that have been done for as long as the retention.
+// tidy deletes rows that have been done for as long as the retention, and takes over from owners that were found dead
+// deathLooks times in a row, as free counts them. Before the server does, it has to notice that the session is lost.
 func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) error {
-	ctx, cancel := context.WithTimeout(ctx, longTimeout)
+	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	rows, _ := conn.Query(ctx, `SELECT DISTINCT owner FROM offload_events WHERE owner IS NOT NULL AND owner NOT IN (
+	_, err := conn.Exec(within, `DELETE FROM offload_events WHERE event_id IN (SELECT event_id FROM offload_events
+		WHERE done_at < now() - make_interval(secs => $1) LIMIT 1000 FOR UPDATE SKIP LOCKED)`, in.retention.Seconds())
+	if err != nil {
+		return err
+	}
+	rows, _ := conn.Query(within, `SELECT DISTINCT owner FROM offload_events WHERE owner IS NOT NULL AND owner NOT IN (
 		SELECT objid::bigint FROM pg_locks WHERE `+lockOf+`)`, in.table)
 	dead, err := pgx.CollectRows(rows, pgx.RowTo[int32])
 	if err != nil {
@@ -438,14 +449,14 @@ func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) e
 			return err
 		}
 	}
-	_, err = conn.Exec(ctx, `DELETE FROM offload_events WHERE event_id IN (SELECT event_id FROM offload_events
-		WHERE done_at < now() - make_interval(secs => $1) LIMIT 1000 FOR UPDATE SKIP LOCKED)`, in.retention.Seconds())
-	return err
+	return nil
 }
 
 // takeOver gives the events of dead another owner, unless it lives after all: its lock is tried once more, and kept
 // meanwhile.
 func (in *Inbox) takeOver(ctx context.Context, conn *pgx.Conn, dead int32) error {
+	ctx, cancel := context.WithTimeout(ctx, longTimeout)
+	defer cancel()
 	var batch pgx.Batch
 	batch.Queue(`SELECT pg_advisory_xact_lock($1, 0)`, claimsLock)
 	batch.Queue(`WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure)

@@ -377,6 +377,30 @@ func TestOneOwnerPerCaseRace(t *testing.T) {
 	}
 }
 
+// TestIsolation claims in a database whose sessions are stricter than what Claim relies on.
+func TestIsolation(t *testing.T) {
+	for _, level := range []string{"repeatable%20read", "serializable"} {
+		url := pgtest.EmptySchema(t) + "&default_transaction_isolation=" + level
+		ins := []*Inbox{newInbox(t, url, never), newInbox(t, url, never)}
+		for c := range 100 {
+			var claims sync.WaitGroup
+			for i := range 4 {
+				claims.Go(func() {
+					event := newEvent(fmt.Sprintf("evt_%d_%d", c, i), fmt.Sprint("case_", c))
+					if _, err := ins[i%2].Claim(t.Context(), event); err != nil {
+						t.Errorf("%s: %v", level, err)
+					}
+				})
+			}
+			claims.Wait()
+		}
+		split := pgtest.Query[string](t, url, `SELECT case_id FROM offload_events GROUP BY case_id HAVING count(DISTINCT owner) > 1`)
+		if len(split) > 0 {
+			t.Errorf("%s: %d cases have two owners", level, len(split))
+		}
+	}
+}
+
 // TestGivenUpCase brings an event that was given up back to the owner of its case, whichever instance starts.
 func TestGivenUpCase(t *testing.T) {
 	url := pgtest.EmptySchema(t)

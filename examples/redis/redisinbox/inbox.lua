@@ -32,6 +32,9 @@ local function assign(id, case, known)
 		local key = prefix .. 'case:' .. case
 		local held = call('HMGET', key, 'owner', 'new')
 		owner = held[1] or me
+		if not call('ZSCORE', prefix .. 'owners', owner) then -- the counts of the case are wrong, since an event was lost
+			owner = me
+		end
 		known = known and owner == me and (held[2] or '0') == '0'
 		call('HSET', key, 'owner', owner)
 		call('HINCRBY', key, 'events', 1)
@@ -111,6 +114,7 @@ function step.claim(id, case, body, this)
 		return 0
 	end
 	call('HSET', key, 'body', body, 'call', this)
+	call('HDEL', key, 'case') -- of the claim before, if it was given up
 	call('ZREM', prefix .. 'gave_up', id)
 	join()
 	case = case ~= '' and case

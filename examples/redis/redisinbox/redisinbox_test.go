@@ -639,6 +639,45 @@ func TestLostBody(t *testing.T) {
 	}
 }
 
+// TestCaseOfTheDead gives an event to nobody who is not there any more, though the case still has that owner.
+func TestCaseOfTheDead(t *testing.T) {
+	for name, spoil := range map[string]func(t *testing.T, s *redistest.Server, a *Inbox){
+		"a lost body": func(t *testing.T, s *redistest.Server, a *Inbox) {
+			s.Do(t, "DEL", prefix+"event:evt_1")
+			for range a.Pending(t.Context()) {
+				continue
+			}
+		},
+		"claimed again without its case": func(t *testing.T, s *redistest.Server, a *Inbox) {
+			mustDone(t, a, "evt_1", errors.New("failed"))
+			mustClaim(t, a, "evt_1", "")
+			mustDone(t, a, "evt_1", nil)
+			if n := s.Do(t, "EXISTS", prefix+"case:case"); n != int64(0) {
+				t.Errorf("the case is there %v times, without events", n)
+			}
+			mustClaim(t, a, "evt_2", "case")
+			mustDone(t, a, "evt_2", nil)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := redistest.New(t)
+			a, b := newInbox(t, s, soon), newInbox(t, s, soon)
+			mustClaim(t, a, "evt_1", "case")
+			spoil(t, s, a)
+			if err := a.Close(); err != nil {
+				t.Fatal(err)
+			}
+			mustClaim(t, b, "evt_b", "") // so that it is an owner
+			for start := time.Now(); s.Do(t, "ZCARD", prefix+"owners") != int64(1); time.Sleep(soon) {
+				if time.Since(start) > patience {
+					t.Fatal("nobody inherits")
+				}
+			}
+			mustClaim(t, b, "evt_3", "case")
+		})
+	}
+}
+
 // TestVolatile refuses servers that would lose what they acknowledge.
 func TestVolatile(t *testing.T) {
 	for _, test := range []struct {
