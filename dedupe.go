@@ -574,7 +574,7 @@ func (j *Journal) open() error {
 	err := j.disk.mkdir(j.dir)
 	gens, listErr := j.numbers(".log")
 	if err = cmp.Or(err, listErr); err == nil {
-		err = j.create(slices.Max(append(gens, rand.IntN(1e9)))) // not the number of whoever had dir before it was made anew
+		err = j.create(slices.Max(append(gens, rand.IntN(5e7)))) // not the number of whoever had dir before it was made anew
 	}
 	if err != nil {
 		return err
