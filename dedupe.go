@@ -386,7 +386,7 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 			env, err := (*Envelope)(nil), cmp.Or(j.closed, ctx.Err())
 			stop := err != nil
 			rested := time.Since(time.UnixMilli(c.gaveUp)) >= 10*time.Minute
-			if !stop && !c.ended && c.group == nil && (all || rested) {
+			if !stop && j.claims[c.id] == c && c.group == nil && (all || rested) {
 				c.gaveUp = 0
 				_, env, err = j.read(c)
 			}
@@ -415,8 +415,9 @@ func (j *Journal) add(c *claim) {
 
 // end takes c out of the claims. mu is held.
 func (j *Journal) end(c *claim) {
-	c.ended = true
-	delete(j.claims, c.id)
+	if c.ended = true; j.claims[c.id] == c {
+		delete(j.claims, c.id)
+	}
 	j.live -= int64(c.size)
 	if len(j.order) > 2*len(j.claims)+1000 {
 		j.order = slices.DeleteFunc(j.order, func(c *claim) bool { return c.ended })
@@ -674,7 +675,7 @@ func (j *Journal) renew() (err error) {
 	}
 	sound := !j.bad()
 	if j.last().bad != errNew { // else a renewal has failed before
-		if err = j.write(); err == nil {
+		if err = cmp.Or(j.owns(), j.write()); err == nil {
 			j.group = nil // who leads it will sync its file
 			err = j.create(j.last().gen)
 		}

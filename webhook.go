@@ -143,7 +143,7 @@ func (r *Receiver) Deliver(ctx context.Context, body []byte) (fresh bool, err er
 
 // Shutdown refuses new events and waits for those in hand: all that were accepted, or with an Inbox the running ones,
 // since it keeps the others. When ctx ends it cancels the callbacks, reports what is left as Unfinished, and returns
-// the error of ctx, at most 5 s later if a plain Deduper is slow to open the ids of what waits. Call it when the HTTP
+// the error of ctx, at most 5 s later if the store is slow to take what has to be recorded of it. Call it when the HTTP
 // server has stopped, and close the Inbox after it.
 func (r *Receiver) Shutdown(ctx context.Context) error {
 	r.mu.Lock()
@@ -327,7 +327,7 @@ func (status refusal) Error() string { return "offloadhook: " + http.StatusText(
 func (r *Receiver) read(w http.ResponseWriter, req *http.Request) (body []byte, err error) {
 	deadline := time.Now().Add(bodyTimeout)
 	// Without a body, an expiring deadline would cancel the request. Server.ReadTimeout has set one that may be stricter.
-	if req.ContentLength != 0 {
+	if req.ContentLength != 0 || req.ProtoMajor > 1 { // HTTP/2 has bodies behind a length of 0, and no such cancelling
 		server, _ := req.Context().Value(http.ServerContextKey).(*http.Server)
 		if server == nil || server.ReadTimeout <= 0 || server.ReadTimeout > bodyTimeout {
 			// Recorders do not support it. It ends with the body, so nothing need be reset.
@@ -902,7 +902,7 @@ func (r *Receiver) abandon(reason error) {
 	}
 	r.closed = true
 	r.cancel(ErrClosed)
-	r.running++ // so that no other Shutdown returns before this has told what is left
+	r.running++ // so that no other Shutdown returns nil before this has told what is left
 	// An inbox keeps what waits, unless it is only to be recorded.
 	left := slices.DeleteFunc(r.drop(true), func(t *task) bool { return r.inbox != nil && !t.ended })
 	waiting := len(left)

@@ -375,15 +375,24 @@ func oneWinner(p *probe) {
 		return winners
 	}
 
-	for i, winners := range race() {
-		if len(winners) != 1 {
-			p.fatalf("16 claims of %q at once: %d are fresh, want 1", envs[i].EventID, len(winners))
+	first, errs := race(), make([]error, len(envs))
+	p.within("Done, by many at once,", func() {
+		var group sync.WaitGroup
+		for i, winners := range first {
+			if len(winners) == 1 {
+				group.Go(func() {
+					ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+					defer cancel()
+					errs[i] = winners[0].Done(ctx, envs[i], []error{errGaveUp, nil}[i%2])
+				})
+			}
 		}
-		var result error
-		if i%2 == 0 {
-			result = errGaveUp
+		group.Wait()
+	})
+	for i, winners := range first {
+		if len(winners) != 1 || errs[i] != nil {
+			p.fatalf("16 claims of %q at once: %d are fresh, want 1; Done: %v", envs[i].EventID, len(winners), errs[i])
 		}
-		p.done(winners[0], envs[i], result)
 	}
 	for i, winners := range race() {
 		if want := (i + 1) % 2; len(winners) != want {
@@ -409,6 +418,17 @@ func done(p *probe) {
 	p.wantClaim(d, failed, true, "which was given up")
 	p.done(d, failed, nil)
 	p.wantClaim(d, failed, false, "which is done at last")
+
+	list := p.claimed(d, 300)
+	for _, env := range list {
+		p.wantClaim(d, env, false, "which is held, as many are")
+	}
+	for _, env := range list {
+		p.done(d, env, nil)
+	}
+	for _, env := range list {
+		p.wantClaim(d, env, false, "which is done, as many are")
+	}
 }
 
 // doneNotHeld: Done on a claim that is not held changes nothing and returns nil.
@@ -562,6 +582,11 @@ func reopen(p *probe) {
 			p.bury(d)
 		} else {
 			p.close(d)
+			if _, closes := d.(io.Closer); closes {
+				if fresh, err := p.tryClaim(context.Background(), d, event(prefix+"_late")); err == nil {
+					p.errorf("Claim by a closed handle: fresh is %t, want an error", fresh)
+				}
+			}
 		}
 		next := p.open()
 		when := "when the one before " + end
@@ -770,9 +795,10 @@ func giveUp(p *probe) {
 	failed, kept := list[0], list[1:]
 	p.done(d, failed, errGaveUp)
 	p.wantPending(d, "while the first rests", kept...)
-	p.wantClaim(d, failed, true, "which was given up")
-	if got := idsOf(p.pending(d)); !slices.Contains(got, failed.EventID) {
-		p.errorf("Pending, when the first was given up and claimed again: %q", got)
+	again := parse([]byte(`{"event_id":"evt_0","data":"another"}`))
+	p.wantClaim(d, again, true, "which was given up")
+	if got := p.pending(d); len(got) != 3 || !reflect.DeepEqual(got[2], again) {
+		p.errorf("Pending, when the first was given up and claimed again: %q, want it last, with its new body", idsOf(got))
 	}
 	p.done(d, failed, errGaveUp)
 	p.wantPending(d, "while the first rests again", kept...)
@@ -840,13 +866,25 @@ func owners(p *probe) {
 		p.wantClaim(a, mine, false, "which another holds")
 		p.wantPending(b, "beside another owner", mine)
 		p.wantPending(a, "beside another owner", list...)
+		p.bury(a)
+		list = append(list, mine)
+		if got := idsOf(p.await(b, "after the other owner died", list...)); !slices.Equal(got, idsOf(list)) {
+			p.errorf("Pending, after the other owner died: %q, want %q", got, idsOf(list))
+		}
 		return
 	}
-	late := event("evt_late")
-	if fresh, err := p.tryClaim(context.Background(), a, late); !errors.Is(err, offloadhook.ErrClosed) {
-		p.errorf("Claim by a handle that was taken over from: fresh is %t, error %v, want ErrClosed", fresh, err)
+	// Each call notices the takeover, whichever is the first to meet it.
+	closed := func(d offloadhook.Deduper, env *offloadhook.Envelope) {
+		if fresh, err := p.tryClaim(context.Background(), d, env); !errors.Is(err, offloadhook.ErrClosed) {
+			p.errorf("Claim by a handle that was taken over from: fresh is %t, error %v, want ErrClosed", fresh, err)
+		}
 	}
-	got, errs := p.read(context.Background(), a, nil)
+	closed(a, list[0])
+	c := p.open()
+	late := event("evt_late")
+	closed(b, late)
+	b = p.open()
+	got, errs := p.read(context.Background(), c, nil)
 	if err := errors.Join(errs...); !errors.Is(err, offloadhook.ErrClosed) || len(got) > 0 {
 		p.errorf("Pending of a handle that was taken over from: %q and %v, want ErrClosed", idsOf(got), err)
 	}

@@ -75,6 +75,7 @@ type handle struct {
 	s          *storage
 	dead, lost bool
 	called     bool // Pending was
+	closed     bool
 }
 
 type inbox struct{ handle }
@@ -144,12 +145,13 @@ func (h *inbox) Close() error {
 		}
 	}
 	h.die()
+	h.closed = true
 	return nil
 }
 
 func (h *handle) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bool, err error) {
 	s := h.s
-	if h.lost {
+	if h.lost || h.closed {
 		return false, offloadhook.ErrClosed
 	}
 	cancelled := ctx.Err() != nil
@@ -184,6 +186,10 @@ func (h *handle) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bo
 		s.rows = append(s.rows, r)
 	case r.done, r.owner != nil && (!r.owner.dead || h.called):
 		return false, nil
+	}
+	if r.owner == nil { // given up, or new
+		s.rows = append(slices.DeleteFunc(s.rows, func(other *row) bool { return other == r }), r)
+		r.body = bytes.Clone(env.Raw)
 	}
 	r.owner = h
 	if cancelled {

@@ -77,21 +77,43 @@ func run(
 		return errors.New("-every needs a file, which is read anew for each round")
 	}
 
+	// The address before the journal: a second start by mistake fails here, and takes nothing from the first.
+	var listener net.Listener
+	if *addr != "" {
+		var err error
+		if listener, err = net.Listen("tcp", *addr); err != nil {
+			return err
+		}
+		defer listener.Close()
+	}
 	journal, err := offloadhook.OpenJournal(*dir, 0)
 	if err != nil {
 		return err
 	}
 	work := worker{out: stdout}
-	opts := []offloadhook.Option{offloadhook.WithInbox(journal)}
+	life, lost := context.WithCancelCause(ctx)
+	defer lost(nil)
+	observe := func(_ context.Context, o offloadhook.Observation) {
+		if o.Err == nil {
+			return
+		}
+		id := ""
+		if o.Envelope != nil {
+			id = o.Envelope.EventID
+		}
+		log.Warn("offloadhook", "outcome", o.Outcome, "event_id", id, "error", o.Err)
+		if o.Outcome == offloadhook.StoreFailed && errors.Is(o.Err, offloadhook.ErrClosed) {
+			lost(o.Err) // another process has the journal
+		}
+	}
+	opts := []offloadhook.Option{offloadhook.WithInbox(journal), offloadhook.WithObserver(observe)}
 	if token != "" {
 		opts = append(opts, offloadhook.WithToken(token))
 	}
 	receiver := offloadhook.Handler(offloadhook.Callbacks{Other: work.do}, opts...) // it needs no typed payload
 	stopServing := func() {}
-	if *addr != "" {
-		if stopServing, err = serve(*addr, receiver, log); err != nil {
-			return errors.Join(err, receiver.Shutdown(ctx), journal.Close())
-		}
+	if listener != nil {
+		stopServing = serve(listener, receiver, log)
 	}
 
 	r := &reconciler{
@@ -101,16 +123,19 @@ func run(
 		log:     log,
 	}
 	for {
-		err = r.round(ctx, stdin, flags.Arg(0))
+		err = r.round(life, stdin, flags.Arg(0))
 		if *every == 0 || errors.Is(err, offloadhook.ErrClosed) {
 			break
 		}
-		if err != nil && ctx.Err() == nil {
+		if err != nil && life.Err() == nil {
 			log.Error("not all is reconciled", "error", err)
 		}
-		if err = nil; sleep(ctx, *every) != nil {
+		if err = nil; sleep(life, *every) != nil {
 			break
 		}
+	}
+	if ctx.Err() == nil {
+		err = errors.Join(err, context.Cause(life))
 	}
 	if *every == 0 {
 		err = errors.Join(err, settle(ctx, journal))
@@ -175,11 +200,7 @@ func settle(ctx context.Context, journal offloadhook.Inbox) error {
 }
 
 // serve serves the webhook until stop is called.
-func serve(addr string, receiver http.Handler, log *slog.Logger) (stop func(), err error) {
-	listener, err := net.Listen("tcp", addr)
-	if err != nil {
-		return nil, err
-	}
+func serve(listener net.Listener, receiver http.Handler, log *slog.Logger) (stop func()) {
 	mux := http.NewServeMux()
 	mux.Handle("/offload", receiver)
 	server := &http.Server{
@@ -204,7 +225,7 @@ func serve(addr string, receiver http.Handler, log *slog.Logger) (stop func(), e
 			server.Close()
 		}
 		serving.Wait()
-	}, nil
+	}
 }
 
 // worker writes each event as a line of JSON. Put your own work here.

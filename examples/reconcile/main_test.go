@@ -582,6 +582,79 @@ func TestBesideWebhook(t *testing.T) {
 
 // newLog returns a logger and its lines.
 func newLog() (*slog.Logger, <-chan string) {
-	lines := make(chan string)
+	lines := make(chan string, 1000)
 	return slog.New(slog.NewTextHandler(writerFunc(func(p []byte) { lines <- string(p) }), nil)), lines
+}
+
+// started runs reconcile with an address, -every and more, and returns the address and what run returns in the end.
+func started(t *testing.T, ctx context.Context, dir string) (addr string, ended <-chan error) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "cases")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, lines := newLog()
+	result := make(chan error, 1)
+	go func() {
+		result <- run(ctx, []string{"-dir", dir, "-addr", "127.0.0.1:0", "-every", "1h", file}, someAPI, nil, io.Discard, log)
+	}()
+	for addr == "" {
+		_, addr, _ = strings.Cut(strings.TrimSpace(<-lines), "addr=")
+	}
+	go func() {
+		for range lines {
+			continue
+		}
+	}()
+	return addr, result
+}
+
+func someAPI(name string) string {
+	return map[string]string{"OFFLOAD_API_URL": "http://127.0.0.1:1", "OFFLOAD_API_KEY": "key"}[name]
+}
+
+func statusOf(t *testing.T, addr, id string) int {
+	t.Helper()
+	body := strings.NewReader(`{"event_id":"` + id + `","data":{}}`)
+	resp, err := http.Post("http://"+addr+"/offload", "application/json", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// TestSecondStart: a second start by mistake takes nothing from the first.
+func TestSecondStart(t *testing.T) {
+	ctx, stop := context.WithCancel(t.Context())
+	dir := t.TempDir()
+	addr, ended := started(t, ctx, dir)
+	args := []string{"-dir", dir, "-addr", addr, "-every", "1h", filepath.Join(dir, "none")}
+	if err := run(t.Context(), args, someAPI, nil, io.Discard, slog.New(slog.DiscardHandler)); err == nil {
+		t.Error("the second start ended without an error")
+	}
+	if status := statusOf(t, addr, "evt_1"); status != http.StatusAccepted {
+		t.Errorf("the first answers %d", status)
+	}
+	stop()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestLostJournal: it ends, with an error, when another process has taken the journal.
+func TestLostJournal(t *testing.T) {
+	dir := t.TempDir()
+	addr, ended := started(t, t.Context(), dir)
+	j, err := offloadhook.OpenJournal(dir, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	if status := statusOf(t, addr, "evt_1"); status != http.StatusServiceUnavailable {
+		t.Errorf("it answers %d", status)
+	}
+	if err := <-ended; !errors.Is(err, offloadhook.ErrClosed) {
+		t.Errorf("it ended with %v", err)
+	}
 }

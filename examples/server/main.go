@@ -25,8 +25,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -88,7 +90,9 @@ func parse(args []string, getenv func(string) string) (config, error) {
 		return config{}, errors.New("-dir is missing")
 	}
 	if *token != "" {
-		cfg.tokens = strings.Split(*token, ",")
+		if cfg.tokens = strings.Split(*token, ","); slices.Contains(cfg.tokens, "") {
+			return config{}, errors.New("-token holds an empty token") // now, not when the journal is taken over
+		}
 	}
 	return cfg, nil
 }
@@ -110,7 +114,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, log *sl
 		return err
 	}
 
-	app := &app{log: log, forwardURL: cfg.forward, client: &http.Client{Timeout: 30 * time.Second}}
+	app := &app{log: log, forwardURL: cfg.forward, client: newClient()}
 	opts := []offloadhook.Option{offloadhook.WithInbox(journal), offloadhook.WithObserver(app.observe)}
 	if len(cfg.tokens) > 0 {
 		opts = append(opts, offloadhook.WithToken(cfg.tokens...))
@@ -149,6 +153,14 @@ func run(ctx context.Context, args []string, getenv func(string) string, log *sl
 		log.Warn("callbacks were cut off: they run again at the next start", "error", e)
 	}
 	return errors.Join(err, journal.Close())
+}
+
+func newClient() *http.Client {
+	return &http.Client{
+		Timeout: 30 * time.Second,
+		// A redirect is not a 2xx, and net/http would follow most of them with a GET, without the event.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
 }
 
 type app struct {
@@ -208,8 +220,8 @@ func (a *app) forward(ctx context.Context, env *offloadhook.Envelope) error {
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Idempotency-Key", env.EventID)
 	resp, err := a.client.Do(req)
-	if err != nil {
-		return err
+	if e := (*url.Error)(nil); errors.As(err, &e) {
+		return fmt.Errorf("forward: %w", e.Err) // without the URL, which may hold a secret
 	}
 	defer resp.Body.Close()
 	io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // to its end, so that the connection is used again

@@ -470,3 +470,67 @@ func TestSecrets(t *testing.T) {
 		t.Errorf("log:\n%s", log.String())
 	}
 }
+
+// forwarded delivers an event to an app that forwards to url, and returns the outcome of it, and what was logged.
+func forwarded(t *testing.T, url string) (outcome offloadhook.Outcome, log string) {
+	t.Helper()
+	var out bytes.Buffer
+	a := &app{log: slog.New(slog.NewTextHandler(&out, nil)), forwardURL: url, client: newClient()}
+	r := offloadhook.Handler(a.callbacks(), offloadhook.WithRetry(1, 0),
+		offloadhook.WithObserver(func(ctx context.Context, o offloadhook.Observation) {
+			a.observe(ctx, o)
+			if o.Attempt > 0 {
+				outcome = o.Outcome
+			}
+		}))
+	if _, err := r.Deliver(t.Context(), []byte(`{"event_id":"evt_1","data":{}}`)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return outcome, out.String()
+}
+
+// TestForwardRedirect: an event is forwarded to the URL that was given, or not at all.
+func TestForwardRedirect(t *testing.T) {
+	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("it was followed") }))
+	defer other.Close()
+	for _, code := range []int{301, 302, 303, 307, 308} {
+		inner := httptest.NewServer(http.RedirectHandler(other.URL, code))
+		if outcome, _ := forwarded(t, inner.URL); outcome != offloadhook.GaveUp {
+			t.Errorf("with a redirect by %d the outcome is %s", code, outcome)
+		}
+		inner.Close()
+	}
+}
+
+// TestForwardSecret: what stands in the forward URL is not logged.
+func TestForwardSecret(t *testing.T) {
+	if outcome, log := forwarded(t, "http://127.0.0.1:1/?token=hunter2"); outcome != offloadhook.GaveUp || strings.Contains(log, "hunter2") {
+		t.Errorf("%s: %s", outcome, log)
+	}
+}
+
+// TestBadToken: a token that cannot be used is told before the journal is taken over.
+func TestBadToken(t *testing.T) {
+	dir := t.TempDir()
+	serving, err := offloadhook.OpenJournal(dir, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer serving.Close()
+	getenv := func(name string) string {
+		return map[string]string{"OFFLOAD_TOKEN": "old,new,", "OFFLOAD_DIR": dir, "OFFLOAD_ADDR": "127.0.0.1:0"}[name]
+	}
+	if err := run(t.Context(), nil, getenv, slog.New(slog.DiscardHandler)); err == nil {
+		t.Error("it started")
+	}
+	env, err := offloadhook.ParseEnvelope([]byte(`{"event_id":"evt_1"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fresh, err := serving.Claim(t.Context(), env); !fresh || err != nil {
+		t.Errorf("who had the journal claims: %v, %v", fresh, err)
+	}
+}
