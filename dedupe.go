@@ -575,7 +575,8 @@ func (j *Journal) open() error {
 	err := j.disk.mkdir(j.dir)
 	gens, listErr := j.numbers(".log")
 	if err = cmp.Or(err, listErr); err == nil {
-		err = j.create(slices.Max(append(gens, rand.IntN(5e7)))) // not the number of whoever had dir before it was made anew
+		first := rand.IntN(5e7) // so that a directory made anew has not the numbers that whoever had it still uses
+		err = j.create(append([]int{first}, gens...)[len(gens)])
 	}
 	if err != nil {
 		return err

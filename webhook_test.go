@@ -7775,6 +7775,22 @@ func TestDirectoryMadeAnew(t *testing.T) {
 	}
 }
 
+// The first file of a journal has any number, and each opening the next.
+func TestNumbersGoOn(t *testing.T) {
+	medium := newDisk()
+	last := 0
+	for i := range 10 {
+		j := openOn(t, medium.process(), 0)
+		if gen := j.last().gen; i > 0 && gen != last+2 || gen%2 != 0 {
+			t.Errorf("opening %d has file %d, after %d", i, gen, last)
+		}
+		last = j.last().gen
+		if err := j.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestRow05ZeroedRange: what lies behind a damaged stretch is read, wherever that ends.
 func TestRow05ZeroedRange(t *testing.T) {
 	name, content, lines, m := journalSample(t)
