@@ -419,6 +419,9 @@ func (j *Journal) end(c *claim) {
 		delete(j.claims, c.id)
 	}
 	j.live -= int64(c.size)
+	for len(j.order) > 0 && j.order[0].ended {
+		j.order = j.order[1:]
+	}
 	if len(j.order) > 2*len(j.claims)+1000 {
 		j.order = slices.DeleteFunc(j.order, func(c *claim) bool { return c.ended })
 	}

@@ -187,8 +187,8 @@ func WithInbox(in Inbox) Option {
 	return optionIf(in != nil, "WithInbox wants an Inbox", func(r *Receiver) { r.store, r.inbox = in, in })
 }
 
-// WithToken refuses requests that carry none of tokens, as ?token=… in the URL or as Authorization: Bearer …. Several
-// serve for rotation; none may be empty. The default is to accept every request.
+// WithToken refuses requests that carry none of tokens, as ?token=… in the URL, percent-encoded, or as Authorization:
+// Bearer …. Several serve for rotation; none may be empty. The default is to accept every request.
 func WithToken(tokens ...string) Option {
 	var sums [][sha256.Size]byte
 	for _, token := range tokens {
@@ -372,7 +372,7 @@ func (r *Receiver) authorized(req *http.Request) bool {
 		bearer = ""
 	}
 	found := 0
-	for _, candidate := range []string{req.URL.Query().Get("token"), bearer} {
+	for _, candidate := range append(req.URL.Query()["token"], bearer) {
 		sum := sha256.Sum256([]byte(candidate))
 		for _, token := range r.tokens {
 			found |= subtle.ConstantTimeCompare(token[:], sum[:])
@@ -836,7 +836,7 @@ func (r *Receiver) settle(t *task, over bool) {
 // jitter returns a rest after the nth failure: first, doubled with each, up to limit, and a quarter more or less.
 func jitter(first time.Duration, n int, limit time.Duration) time.Duration {
 	d := first
-	for ; n > 1 && d < limit; n-- {
+	for ; n > 1 && 0 < d && d < limit; n-- {
 		d *= 2
 	}
 	d = min(d, max(first, limit), math.MaxInt64/4)

@@ -16,6 +16,7 @@ import (
 	"iter"
 	"log/slog"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -8284,5 +8285,37 @@ func TestInboxSlowPending(t *testing.T) {
 			expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Handled)
 			_ = r.Shutdown(ended())
 		})
+	}
+}
+
+// Retrying at once costs the same for each attempt: jitter would else count them with the receiver locked.
+func TestNoRest(t *testing.T) {
+	expectEqual(t, "rest", jitter(0, math.MaxInt, longestRest), 0)
+}
+
+// Any of several tokens in a URL will do, wherever it stands.
+func TestTokenInURL(t *testing.T) {
+	for query, want := range map[string]int{
+		"token=good": 202, "token=old&token=good": 202, "token=good&token=old": 202, "token=&token=good": 202,
+		"token=old&token=": 401, "token=old": 401, "": 401,
+	} {
+		r := newRig(t, nil, WithToken("good"))
+		w := httptest.NewRecorder()
+		r.ServeHTTP(w, httptest.NewRequest("POST", "/?"+query, bytes.NewReader(eventBody("evt_1", "case_1"))))
+		expectEqual(t, query, w.Code, want)
+	}
+}
+
+// What has ended is not read over again and again: it leaves the order as soon as nothing older is left.
+func TestOrderFollows(t *testing.T) {
+	j := openOn(t, newDisk().process(), 0)
+	for i := range 10 {
+		journalClaimed(t, j, fmt.Sprint("evt_", i))
+	}
+	for i := range 10 {
+		if err := j.Done(t.Context(), journalEvent(fmt.Sprint("evt_", i), 0, 0), nil); err != nil {
+			t.Fatal(err)
+		}
+		expectEqual(t, "in order", len(j.order), 9-i)
 	}
 }
