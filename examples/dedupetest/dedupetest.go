@@ -31,7 +31,7 @@ import (
 type Store struct {
 	// Open opens the storage as one more instance of the service would, and returns its handle. Where what is stored
 	// lives in the handle, as with offloadhook.Memory, it returns the same one each time. A handle that is an io.Closer
-	// is closed, once, at the latest at the end of the check.
+	// is closed, once, at the latest at the end of the check; an Inbox claims nothing after that.
 	Open func() (offloadhook.Deduper, error)
 
 	// Kill makes the owner of a handle dead in the eyes of the others, as if its process had been killed; the handle
@@ -582,7 +582,8 @@ func reopen(p *probe) {
 			p.bury(d)
 		} else {
 			p.close(d)
-			if _, closes := d.(io.Closer); closes {
+			_, closes := d.(io.Closer)
+			if _, isInbox := d.(offloadhook.Inbox); closes && isInbox {
 				if fresh, err := p.tryClaim(context.Background(), d, event(prefix+"_late")); err == nil {
 					p.errorf("Claim by a closed handle: fresh is %t, want an error", fresh)
 				}

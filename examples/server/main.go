@@ -94,6 +94,9 @@ func parse(args []string, getenv func(string) string) (config, error) {
 			return config{}, errors.New("-token holds an empty token") // now, not when the journal is taken over
 		}
 	}
+	if u, err := url.Parse(cfg.forward); err != nil || cfg.forward != "" && u.Host == "" {
+		return config{}, errors.New("-forward is not a URL") // which may hold a secret
+	}
 	return cfg, nil
 }
 

@@ -512,19 +512,23 @@ func TestForwardSecret(t *testing.T) {
 	}
 }
 
-// TestBadToken: a token that cannot be used is told before the journal is taken over.
-func TestBadToken(t *testing.T) {
+// TestBadSettings: what cannot be used is told before the journal is taken over, and without quoting it.
+func TestBadSettings(t *testing.T) {
 	dir := t.TempDir()
 	serving, err := offloadhook.OpenJournal(dir, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer serving.Close()
-	getenv := func(name string) string {
-		return map[string]string{"OFFLOAD_TOKEN": "old,new,", "OFFLOAD_DIR": dir, "OFFLOAD_ADDR": "127.0.0.1:0"}[name]
-	}
-	if err := run(t.Context(), nil, getenv, slog.New(slog.DiscardHandler)); err == nil {
-		t.Error("it started")
+	for _, bad := range []string{
+		"-token=hunter2,", "-forward=http://127.0.0.1:90o0/?token=hunter2", "-forward=127.0.0.1:9000/?token=hunter2",
+		"-forward=http://127.0.0.1:1/%zz?token=hunter2", "-forward=localhost:9000/hunter2",
+	} {
+		args := []string{"-dir", dir, "-addr", "127.0.0.1:0", bad}
+		err := run(t.Context(), args, func(string) string { return "" }, slog.New(slog.DiscardHandler))
+		if err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", bad, err)
+		}
 	}
 	env, err := offloadhook.ParseEnvelope([]byte(`{"event_id":"evt_1"}`))
 	if err != nil {
