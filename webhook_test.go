@@ -748,6 +748,9 @@ func TestSlowBody(t *testing.T) {
 	// HTTP/2 has bodies that come although their length is 0.
 	for _, length := range []string{"", "0"} {
 		inBubble(t, "over HTTP/2, length="+length, func(t *testing.T) {
+			if strings.HasPrefix(runtime.Version(), "go1.25") {
+				t.Skip("its net/http shares channels between bubbles")
+			}
 			r := newRig(t, nil)
 			server := &http.Server{Handler: r, Protocols: new(http.Protocols)}
 			server.Protocols.SetUnencryptedHTTP2(true)

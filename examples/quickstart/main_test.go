@@ -125,7 +125,8 @@ func TestBroken(t *testing.T) {
 		broken offloadhook.Option
 		want   string
 	}{
-		{"runs duplicates", offloadhook.WithDeduper(deduper(true)), "case_completed_a.json again: answered 202"},
+		// Not each of them: a receiver knows what it has in hand without its deduper.
+		{"runs duplicates", offloadhook.WithDeduper(deduper(true)), ".json again: answered 202"},
 		{"takes every event for a duplicate", offloadhook.WithDeduper(deduper(false)), "case_completed_a.json: answered 200"},
 		{"refuses the token", offloadhook.WithToken("another"), "case_completed_a.json: answered 401"},
 		{"takes the forgery", offloadhook.WithToken("guessed"), "a forgery of the next one: answered 202"},
