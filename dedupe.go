@@ -505,15 +505,17 @@ func (j *Journal) refuse(err error) {
 // settle ends the wait of the claims of g. mu is held.
 func (j *Journal) settle(g *group, err error) {
 	for _, c := range g.claims {
-		over, kept := c.before, c
+		before := c.before
+		c.group, c.before = nil, nil
 		if err != nil {
-			over, kept = c, c.before
+			j.end(c)
 		}
-		if c.group, c.before = nil, nil; over != nil && !over.ended {
-			j.end(over)
-		}
-		if kept != nil && !kept.ended {
-			j.claims[c.id] = kept
+		switch {
+		case before == nil || before.ended:
+		case err != nil:
+			j.claims[c.id] = before
+		default:
+			j.end(before)
 		}
 	}
 	g.err = err
@@ -615,6 +617,7 @@ func (j *Journal) load() error {
 
 // replay reads a file. The last word on an id counts. If the file ends within a record, that was never acknowledged.
 func (j *Journal) replay(file *logFile) error {
+	now := time.Now()
 	in := bufio.NewReaderSize(io.NewSectionReader(file, 0, math.MaxInt64), 1<<16)
 	for {
 		line, err := in.ReadBytes('\n')
@@ -629,8 +632,8 @@ func (j *Journal) replay(file *logFile) error {
 			if rec.kind == "" {
 				j.reports = append(j.reports, j.damageAt(file, file.size))
 			}
-			at := time.UnixMilli(min(rec.at, time.Now().UnixMilli())) // a clock may have been ahead
-			fresh := time.Since(at) < j.retention
+			at := time.UnixMilli(min(rec.at, now.UnixMilli())) // a clock may have been ahead
+			fresh := now.Sub(at) < j.retention
 			for _, id := range rec.ids {
 				if c := j.claims[id]; c != nil {
 					j.end(c)
@@ -805,7 +808,9 @@ type record struct {
 }
 
 // recordStart is how a record starts, and is found in no JSON: in a string, its first quote would be the end.
-var recordStart = regexp.MustCompile(`[0-9a-f]{8} \{"(id|done|sha256)"`)
+var recordStart = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`[0-9a-f]{8} \{"(id|done|sha256)"`)
+})
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
@@ -845,7 +850,7 @@ func parseRecord(line []byte) (rec record) {
 	if checksum(line[9:end]) != [9]byte(line) {
 		end = 9 + scan(line[9:], 0, nesting+1, nil) // a damaged line break costs no record
 		if end < 9 || checksum(line[9:end]) != [9]byte(line) {
-			if next := recordStart.FindIndex(line[1:]); next != nil {
+			if next := recordStart().FindIndex(line[1:]); next != nil {
 				rec.size = 1 + next[0]
 			}
 			return rec

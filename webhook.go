@@ -427,8 +427,7 @@ type task struct {
 
 	next    *task // of the same case, to run after this one
 	attempt int
-	timer   *time.Timer // ends the waiting
-	failed  bool        // it, or its Done, at least once
+	timer   *time.Timer // ends the waiting; nil until it, or its Done, has failed
 	ended   bool        // nothing is left to do but to record result
 	result  error       // what Done is given; ErrClosed where it was told as Unfinished, and Done is not called
 	records int         // how often Done has failed
@@ -809,8 +808,7 @@ func (r *Receiver) settle(t *task, over bool) {
 		if t.ended {
 			pause = jitter(storeRest, t.records, sweepEvery)
 		}
-		if t.state = queued; !t.failed {
-			t.failed = true
+		if t.state = queued; t.timer == nil {
 			r.failed++
 		}
 		t.timer = time.AfterFunc(pause, func() {
@@ -851,7 +849,7 @@ func (r *Receiver) forget(t *task) {
 	if t.state != arrived {
 		r.held--
 	}
-	if t.failed {
+	if t.timer != nil {
 		r.failed--
 	}
 	t.state = gone
@@ -882,9 +880,6 @@ func (r *Receiver) drop(all bool) (dropped []*task) {
 			if t.timer != nil {
 				t.timer.Stop()
 			}
-			if !t.ended {
-				t.result = ErrClosed
-			}
 			r.forget(t)
 			dropped = append(dropped, t)
 		}
@@ -904,22 +899,30 @@ func (r *Receiver) abandon(reason error) {
 	r.cancel(ErrClosed)
 	r.running++ // so that no other Shutdown returns nil before this has told what is left
 	// An inbox keeps what waits, unless it is only to be recorded.
-	left := slices.DeleteFunc(r.drop(true), func(t *task) bool { return r.inbox != nil && !t.ended })
-	waiting := len(left)
+	waiting := slices.DeleteFunc(r.drop(true), func(t *task) bool { return r.inbox != nil && !t.ended })
+	var cut []*task
 	for _, t := range r.tasks {
 		if t.state == running && !t.ended && t.result == nil {
-			left = append(left, t)
+			cut = append(cut, t)
 		}
 	}
 	r.mu.Unlock()
+	tell := func(t *task) { r.observe(t.ctx, Observation{Unfinished, t.env, t.env.Raw, t.attempt, 0, reason}) }
+	for _, t := range cut { // first, since a store may be slow
+		tell(t)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
-	for i, t := range slices.Backward(left) { // those that run first, since a store may be slow
-		if i < waiting && ctx.Err() == nil {
-			_ = r.done(&callbackContext{ctx, t.ctx}, t, t.result)
+	for _, t := range waiting {
+		result := t.result
+		if !t.ended {
+			result = ErrClosed
 		}
-		if i >= waiting || !t.ended {
-			r.observe(t.ctx, Observation{Unfinished, t.env, t.env.Raw, t.attempt, 0, reason})
+		if ctx.Err() == nil {
+			_ = r.done(&callbackContext{ctx, t.ctx}, t, result)
+		}
+		if !t.ended {
+			tell(t)
 		}
 	}
 	r.mu.Lock()

@@ -601,11 +601,6 @@ func started(t *testing.T, ctx context.Context, dir string) (addr string, ended 
 	for addr == "" {
 		_, addr, _ = strings.Cut(strings.TrimSpace(<-lines), "addr=")
 	}
-	go func() {
-		for range lines {
-			continue
-		}
-	}()
 	return addr, result
 }
 
@@ -613,15 +608,14 @@ func someAPI(name string) string {
 	return map[string]string{"OFFLOAD_API_URL": "http://127.0.0.1:1", "OFFLOAD_API_KEY": "key"}[name]
 }
 
-func statusOf(t *testing.T, addr, id string) int {
-	t.Helper()
-	body := strings.NewReader(`{"event_id":"` + id + `","data":{}}`)
-	resp, err := http.Post("http://"+addr+"/offload", "application/json", body)
+// postEvent sends an event to addr, and returns the status of the answer.
+func postEvent(addr string) (int, error) {
+	resp, err := http.Post("http://"+addr+"/offload", "application/json", strings.NewReader(`{"event_id":"evt_1","data":{}}`))
 	if err != nil {
-		t.Fatal(err)
+		return 0, err
 	}
 	resp.Body.Close()
-	return resp.StatusCode
+	return resp.StatusCode, nil
 }
 
 // TestSecondStart: a second start by mistake takes nothing from the first.
@@ -633,8 +627,8 @@ func TestSecondStart(t *testing.T) {
 	if err := run(t.Context(), args, someAPI, nil, io.Discard, slog.New(slog.DiscardHandler)); err == nil {
 		t.Error("the second start ended without an error")
 	}
-	if status := statusOf(t, addr, "evt_1"); status != http.StatusAccepted {
-		t.Errorf("the first answers %d", status)
+	if status, err := postEvent(addr); status != http.StatusAccepted {
+		t.Errorf("the first answers %d, %v", status, err)
 	}
 	stop()
 	if err := <-ended; err != nil {
@@ -651,11 +645,8 @@ func TestLostJournal(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer j.Close()
-	body := strings.NewReader(`{"event_id":"evt_1","data":{}}`)
-	if resp, err := http.Post("http://"+addr+"/offload", "application/json", body); err == nil { // else it has ended
-		if resp.Body.Close(); resp.StatusCode != http.StatusServiceUnavailable {
-			t.Errorf("it answers %d", resp.StatusCode)
-		}
+	if status, err := postEvent(addr); err == nil && status != http.StatusServiceUnavailable { // else it has ended
+		t.Errorf("it answers %d", status)
 	}
 	if err := <-ended; !errors.Is(err, offloadhook.ErrClosed) {
 		t.Errorf("it ended with %v", err)
