@@ -947,16 +947,22 @@ func (r *Receiver) readInbox() {
 	r.behind, r.reading = false, make(map[string]struct{})
 	r.mu.Unlock()
 	whole, failing := true, false
+	var lost error
 	var undecided []*task
 	for env, err := range r.inbox.Pending(ctx) {
 		if err == nil {
 			whole = r.readBack(env, start, &undecided)
+		} else if errors.Is(err, ErrClosed) {
+			lost = err // to be told below, since the inbox may have to be free for what is to be recorded
 		} else if failing = true; r.alive.Err() == nil {
 			_ = r.storeFailed(nil, "pending", err)
 		}
-		if whole = whole && r.alive.Err() == nil; !whole {
+		if whole = whole && lost == nil && r.alive.Err() == nil; !whole {
 			break
 		}
+	}
+	if lost != nil && r.alive.Err() == nil {
+		_ = r.storeFailed(nil, "pending", lost)
 	}
 	for _, t := range undecided { // not before, since the inbox may have to be free for the decision
 		select {

@@ -2819,6 +2819,42 @@ func TestInboxLost(t *testing.T) {
 	}
 }
 
+// lockedInbox holds a lock while it yields, as one with a single connection to its database does.
+type lockedInbox struct {
+	fakeInbox
+	lock chan struct{}
+}
+
+func (in *lockedInbox) Done(ctx context.Context, env *Envelope, result error) error {
+	in.lock <- struct{}{}
+	defer func() { <-in.lock }()
+	return in.fakeInbox.Done(ctx, env, result)
+}
+
+func (in *lockedInbox) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
+	return func(yield func(*Envelope, error) bool) {
+		in.lock <- struct{}{}
+		defer func() { <-in.lock }()
+		in.fakeInbox.Pending(ctx)(yield)
+	}
+}
+
+// TestLockedInboxLost: what is still to be recorded when the inbox is lost does not wait for the reading that learned it.
+func TestLockedInboxLost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := &lockedInbox{lock: make(chan struct{}, 1)}
+		in.onDone = func(*Envelope) error { return errTest }
+		r := newRig(t, func(context.Context, *Envelope) error { return nil }, WithInbox(in))
+		r.deliver(t, "evt_1", "case_1")
+		synctest.Wait()
+		in.change(func() { in.onPending = func(int) error { return ErrClosed } })
+		time.Sleep(time.Minute)
+		if err := r.Shutdown(ended()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // TestInboxShutdown waits for what runs, and leaves the rest to the next instance.
 func TestInboxShutdown(t *testing.T) {
 	inBubble(t, "drains what runs", func(t *testing.T) {
