@@ -10,6 +10,7 @@
 package dedupetest
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -30,8 +31,9 @@ import (
 // Store is one storage, empty at first, and what the checks may do to it.
 type Store struct {
 	// Open opens the storage as one more instance of the service would, and returns its handle. Where what is stored
-	// lives in the handle, as with offloadhook.Memory, it returns the same one each time. A handle that is an io.Closer
-	// is closed, once, at the latest at the end of the check; an Inbox claims nothing after that.
+	// lives in the handle, as with offloadhook.Memory, it returns the same one each time. Handles can be compared, as
+	// pointers can. One that is an io.Closer is closed, once, at the latest at the end of the check; an Inbox claims
+	// nothing after that.
 	Open func() (offloadhook.Deduper, error)
 
 	// Kill makes the owner of a handle dead in the eyes of the others, as if its process had been killed; the handle
@@ -89,6 +91,7 @@ var checks = []check{
 	{"cancelled pending", true, cancelledPending},
 	{"owners", true, owners},
 	{"takeover", true, takeOver},
+	{"one heir", true, oneHeir},
 }
 
 // run returns what c found wrong with s, or why it does not apply.
@@ -112,6 +115,7 @@ func (c check) run(s Store) (errs []error, skipped string) {
 type probe struct {
 	store   Store
 	handles []offloadhook.Deduper // those opened, nil where closed
+	closed  []offloadhook.Deduper // those closed
 	errs    []error
 }
 
@@ -154,6 +158,9 @@ func (p *probe) open() offloadhook.Deduper {
 	if err != nil {
 		p.fatalf("Open: %v", err)
 	}
+	if slices.Contains(p.closed, d) {
+		panic(skip("the storage has one handle only"))
+	}
 	if !slices.Contains(p.handles, d) {
 		p.handles = append(p.handles, d)
 	}
@@ -172,7 +179,7 @@ func (p *probe) another() offloadhook.Deduper {
 func (p *probe) close(d offloadhook.Deduper) {
 	i := slices.Index(p.handles, d)
 	if c, ok := d.(io.Closer); ok && d != nil {
-		p.handles[i] = nil
+		p.handles[i], p.closed = nil, append(p.closed, d)
 		p.within("Close", func() { _ = c.Close() }) // one that lost its storage may say so
 	}
 }
@@ -410,6 +417,9 @@ func done(p *probe) {
 	p.wantClaim(d, handled, false, "which is held")
 	p.done(d, handled, nil)
 	p.wantClaim(d, handled, false, "which is done")
+	p.wantClaim(d, parse([]byte(`{"event_id":"evt_handled","data":"another"}`)), false, "which is done, with another body")
+	p.wantClaim(d, parse(bytes.Replace(handled.Raw, []byte("evt_handled"), []byte("evt_sibling"), 1)), true,
+		"the first, but like another of its case in all but the id")
 	for range 3 {
 		p.wantClaim(d, failed, true, "new or given up")
 		p.wantClaim(d, failed, false, "which is held")
@@ -716,10 +726,17 @@ func payloads(p *probe) {
 		if len(seen) != len(bodies) {
 			p.errorf("Pending yields %d events, want %d", len(seen), len(bodies))
 		}
-		d = p.open() // the same from storage, where there is another handle
-		if p.store.Kill != nil || d == p.first() {
-			return
+		if next := p.open(); p.store.Kill == nil { // the same from storage, where there is another handle
+			d = next
 		}
+		if d == p.first() {
+			break
+		}
+	}
+	p.pending(d) // makes them the handle's
+	p.done(d, parse([]byte(oddBodies[0])), nil)
+	if n := len(p.pending(d)); n != len(bodies)-1 {
+		p.errorf("Pending, when one event of a case is done: %d events, want %d", n, len(bodies)-1)
 	}
 }
 
@@ -811,6 +828,11 @@ func giveUp(p *probe) {
 		p.wantClaim(d, failed, false, "which has come back after its rest")
 		p.done(d, failed, errGaveUp)
 		p.wantPending(d, "when the first has come back and was given up", kept...)
+	}
+	redone := event("evt_redone")
+	for _, result := range []error{errGaveUp, nil} {
+		p.wantClaim(d, redone, true, "the first, or given up")
+		p.done(d, redone, result)
 	}
 	next := p.another()
 	want := list
@@ -911,4 +933,21 @@ func takeOver(p *probe) {
 		list, d = list[1:], heir
 	}
 	p.wantPending(d, "after two takeovers", list...)
+}
+
+// oneHeir: each event of a dead owner comes to one of the others, not to several.
+func oneHeir(p *probe) {
+	if p.store.Kill == nil {
+		panic(skip("no owner can die"))
+	}
+	d := p.first()
+	list := p.claimed(d, 20)
+	heirs := []offloadhook.Deduper{p.open(), p.open()}
+	p.bury(d)
+	for start, n := time.Now(), 0; n != len(list); time.Sleep(takeover / 100) {
+		n = len(p.pending(heirs[0])) + len(p.pending(heirs[1]))
+		if n > len(list) || time.Since(start) > takeover {
+			p.fatalf("Pending of two heirs of %d events: %d in all", len(list), n)
+		}
+	}
 }

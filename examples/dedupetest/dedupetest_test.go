@@ -18,6 +18,21 @@ func TestMemory(t *testing.T) {
 	})
 }
 
+// closer is a Deduper that is gone when it is closed.
+type closer struct {
+	offloadhook.Memory
+	closed chan struct{}
+}
+
+func (c *closer) Close() error { close(c.closed); return nil }
+
+func TestClosedOnce(t *testing.T) {
+	Run(t, func(*testing.T) Store {
+		c := &closer{closed: make(chan struct{})}
+		return Store{Open: func() (offloadhook.Deduper, error) { return c, nil }}
+	})
+}
+
 func TestJournal(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("a journal that is open cannot be taken over on Windows")
@@ -64,7 +79,11 @@ func TestFaults(t *testing.T) {
 		{"give-up does not rest", "exclusive", []string{"give-up"}},
 		{"give-up rests for ever", "shared", []string{"give-up"}},
 		{"give-up is lost", "exclusive", []string{"give-up", "reopen"}},
+		{"give-up is remembered", "shared", []string{"give-up"}},
+		{"give-up is remembered", "exclusive", []string{"give-up"}},
 		{"give-up comes back at every call", "shared", []string{"give-up"}},
+		{"done ends the case", "shared", []string{"bytes"}},
+		{"done ends the case", "exclusive", []string{"bytes"}},
 		{"done needs no claim", "plain", []string{"done that is not held"}},
 		{"done needs no claim", "shared", []string{"done that is not held", "late done"}},
 		{"done of what is not held errs", "plain", []string{"done that is not held"}},
@@ -76,6 +95,8 @@ func TestFaults(t *testing.T) {
 		{"ids are cut", "plain", []string{"ids"}},
 		{"ids are trimmed", "plain", []string{"ids"}},
 		{"ids are file names", "plain", []string{"ids"}},
+		{"ids are of bodies", "plain", []string{"done"}},
+		{"ids are of cases", "plain", []string{"done"}},
 		{"a cancelled claim is kept", "shared", []string{"cancelled claim"}},
 		{"a cancelled claim is kept", "leased", nil}, // its receiver calls Done
 		{"a cancelled claim is kept for ever", "plain", []string{"cancelled claim"}},
@@ -110,6 +131,7 @@ func TestFaults(t *testing.T) {
 		{"two owners", "exclusive", []string{"owners"}},
 		{"takeover fails", "shared", []string{"takeover", "late done"}},
 		{"takeover fails", "leased", []string{"late done"}},
+		{"heirs share", "shared", []string{"one heir"}},
 		{"takeover reverses", "shared", []string{"takeover"}},
 		{"takeover revives", "shared", []string{"takeover"}},
 	} {

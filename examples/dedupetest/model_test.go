@@ -67,6 +67,7 @@ type row struct {
 	owner  *handle // nil when done or given up
 	done   bool
 	gaveUp time.Duration // when that was
+	failed bool          // it was given up, if only once
 	hidden bool          // from Pending
 }
 
@@ -119,8 +120,19 @@ func (s *storage) key(env *offloadhook.Envelope) string {
 		id = strings.TrimSpace(id)
 	case s.has("ids are file names"):
 		id = path.Clean(id)
+	case s.has("ids are of bodies"):
+		id = string(env.Raw)
+	case s.has("ids are of cases"):
+		id = caseOf(env)
 	}
 	return id
+}
+
+// caseOf returns the case of an event that event made.
+func caseOf(env *offloadhook.Envelope) string {
+	var data offloadhook.Case
+	_ = json.Unmarshal(env.Data, &data)
+	return data.CaseID
 }
 
 func (s *storage) find(h *handle, id string) *row {
@@ -240,11 +252,15 @@ func (h *handle) Done(ctx context.Context, env *offloadhook.Envelope, result err
 	case s.has("done is never recorded") && result == nil:
 	case s.has("done forgets") && result == nil:
 		s.rows = slices.DeleteFunc(s.rows, func(other *row) bool { return other == r })
+	case s.has("done ends the case"):
+		for _, other := range s.rows {
+			other.done = other.done || bytes.Contains(other.body, []byte(caseOf(env)))
+		}
 	case result == nil, s.has("give-up is done"):
 		r.owner, r.done = nil, true
 	case s.has("give-up keeps the claim"):
 	default:
-		r.owner, r.done, r.gaveUp = nil, false, s.now
+		r.owner, r.done, r.gaveUp, r.failed = nil, false, s.now, true
 	}
 	return nil
 }
@@ -277,6 +293,9 @@ func (h *inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, er
 			case s.has("give-up is lost"):
 				rested = false
 			}
+			if s.has("give-up is remembered") && r.failed && !h.called {
+				r.done = false
+			}
 			switch {
 			case r.done, r.hidden, s.has("a cancelled claim is pending and free") && r.owner == nil:
 			case r.owner == nil && !rested:
@@ -288,7 +307,9 @@ func (h *inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, er
 						}
 					}
 				}
-				r.owner = &h.handle
+				if r.owner == nil || !s.has("heirs share") {
+					r.owner = &h.handle
+				}
 				mine = append(mine, r)
 			case s.has("owners share"):
 				mine = append(mine, r)

@@ -4,11 +4,14 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -90,5 +93,22 @@ func TestProgram(t *testing.T) {
 			t.Errorf("start %d: %v", i, err)
 		}
 		stuck.Stop()
+	}
+}
+
+// TestWrongStart: what is wrong with the address or the tokens is found before the store is opened.
+func TestWrongStart(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	t.Setenv("OFFLOAD_DATABASE", "postgres://test@127.0.0.1:1/postgres?sslmode=disable")
+	for token, want := range map[string]string{"token": "in use", "one,,two": "empty token"} {
+		t.Setenv("OFFLOAD_TOKEN", token)
+		err := run(t.Context(), slog.New(slog.DiscardHandler), taken.Addr().String(), 0, 0)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("token %q, on an address that is taken: %v, want %q", token, err, want)
+		}
 	}
 }

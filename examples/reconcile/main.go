@@ -7,6 +7,8 @@
 //	go run ./examples/reconcile -dir /var/lib/myapp/offload cases.txt                         one round
 //	go run ./examples/reconcile -dir /var/lib/myapp/offload -addr :8080 -every 10m cases.txt  beside the webhook
 //
+// OFFLOAD_TOKEN is the secret that the webhook URL carries; several, parted by commas, for rotation.
+//
 // A journal belongs to one process: to open it takes it over. So do not run this beside a server that has the same
 // journal; let it serve the webhook itself, as in the second line, or copy reconcile.go into your server. With a store
 // that replicas share it may be a program of its own.
@@ -32,6 +34,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -67,7 +70,8 @@ func run(
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	base, key, token := getenv("OFFLOAD_API_URL"), getenv("OFFLOAD_API_KEY"), getenv("OFFLOAD_TOKEN")
+	base, key := getenv("OFFLOAD_API_URL"), getenv("OFFLOAD_API_KEY")
+	tokens := strings.Split(getenv("OFFLOAD_TOKEN"), ",")
 	switch {
 	case base == "" || key == "":
 		return errors.New("OFFLOAD_API_URL and OFFLOAD_API_KEY must be set")
@@ -75,6 +79,8 @@ func run(
 		return errors.New("usage: reconcile -dir DIR [-addr ADDR] [-every PAUSE] [-min-age AGE] [-rate N] [file]")
 	case *every > 0 && flags.NArg() == 0:
 		return errors.New("-every needs a file, which is read anew for each round")
+	case len(tokens) > 1 && slices.Contains(tokens, ""):
+		return errors.New("OFFLOAD_TOKEN holds an empty token")
 	}
 
 	// The address before the journal: a second start by mistake fails here, and takes nothing from the first.
@@ -107,8 +113,10 @@ func run(
 		}
 	}
 	opts := []offloadhook.Option{offloadhook.WithInbox(journal), offloadhook.WithObserver(observe)}
-	if token != "" {
-		opts = append(opts, offloadhook.WithToken(token))
+	if tokens[0] != "" {
+		opts = append(opts, offloadhook.WithToken(tokens...))
+	} else if listener != nil {
+		log.Warn("no OFFLOAD_TOKEN: whoever finds the URL can forge events")
 	}
 	receiver := offloadhook.Handler(offloadhook.Callbacks{Other: work.do}, opts...) // it needs no typed payload
 	stopServing := func() {}

@@ -419,6 +419,11 @@ func TestRun(t *testing.T) {
 			t.Errorf("%v: no error\n%s", args, log)
 		}
 	}
+	env["OFFLOAD_TOKEN"] = "one,,two"
+	if _, _, err := round("case_0\n"); err == nil {
+		t.Error("with an empty token: no error")
+	}
+	delete(env, "OFFLOAD_TOKEN")
 	maps.DeleteFunc(env, func(name, _ string) bool { return name == "OFFLOAD_API_KEY" })
 	if _, _, err := round("case_0\n"); err == nil {
 		t.Error("without a key: no error")
@@ -499,7 +504,7 @@ func TestBesideWebhook(t *testing.T) {
 	}
 	server := httptest.NewServer(o)
 	defer server.Close()
-	env := map[string]string{"OFFLOAD_API_URL": server.URL + "/v1", "OFFLOAD_API_KEY": "key", "OFFLOAD_TOKEN": "token"}
+	env := map[string]string{"OFFLOAD_API_URL": server.URL + "/v1", "OFFLOAD_API_KEY": "key", "OFFLOAD_TOKEN": "token,older"}
 	file := filepath.Join(t.TempDir(), "cases.txt")
 	write := func(ids string) {
 		t.Helper()
@@ -549,6 +554,9 @@ func TestBesideWebhook(t *testing.T) {
 	}
 	if forged, real := post("guessed"), post("token"); forged != 401 || real != 202 {
 		t.Errorf("a forged webhook got %d, a real one %d, want 401 and 202", forged, real)
+	}
+	if again := post("older"); again != 200 {
+		t.Errorf("the same with the older token got %d, want 200", again)
 	}
 	write("case_00\ncase_01\n") // read anew in each round
 	wait("repaired=1 known=1 ")

@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -48,6 +49,22 @@ func run(ctx context.Context, log *slog.Logger, addr string, drain, retention ti
 	if url == "" {
 		return errors.New("OFFLOAD_REDIS is not set")
 	}
+	var opts []offloadhook.Option
+	if token := os.Getenv("OFFLOAD_TOKEN"); token != "" {
+		tokens := strings.Split(token, ",")
+		if slices.Contains(tokens, "") {
+			return errors.New("OFFLOAD_TOKEN holds an empty token")
+		}
+		opts = append(opts, offloadhook.WithToken(tokens...))
+	} else {
+		log.Warn("no OFFLOAD_TOKEN: whoever finds the URL can forge events")
+	}
+	// The address before the store: a second start by mistake fails here, and brings back nothing that rests.
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
 	opening, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	inbox, err := redisinbox.Open(opening, url, retention)
@@ -60,13 +77,7 @@ func run(ctx context.Context, log *slog.Logger, addr string, drain, retention ti
 	}
 	defer inbox.Close() // last, when nothing uses it any more
 
-	opts := []offloadhook.Option{offloadhook.WithInbox(inbox)}
-	if token := os.Getenv("OFFLOAD_TOKEN"); token != "" {
-		opts = append(opts, offloadhook.WithToken(strings.Split(token, ",")...))
-	} else {
-		log.Warn("no OFFLOAD_TOKEN: whoever finds the URL can forge events")
-	}
-	receiver := offloadhook.Handler(callbacks(log), opts...)
+	receiver := offloadhook.Handler(callbacks(log), append(opts, offloadhook.WithInbox(inbox))...)
 	inbox.Forward(receiver.Deliver)
 
 	mux := http.NewServeMux()
@@ -87,10 +98,6 @@ func run(ctx context.Context, log *slog.Logger, addr string, drain, retention ti
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
-	listener, err := net.Listen("tcp", addr)
-	if err != nil {
-		return err
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()

@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -134,4 +136,21 @@ func build(t *testing.T) (program string) {
 		t.Fatalf("go build: %v: %s", err, out)
 	}
 	return program
+}
+
+// TestWrongStart: what is wrong with the address or the tokens is found before the store is opened.
+func TestWrongStart(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	t.Setenv("OFFLOAD_REDIS", "redis://127.0.0.1:1/0")
+	for token, want := range map[string]string{"token": "in use", "one,,two": "empty token"} {
+		t.Setenv("OFFLOAD_TOKEN", token)
+		err := run(t.Context(), slog.New(slog.DiscardHandler), taken.Addr().String(), 0, 0, false)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("token %q, on an address that is taken: %v, want %q", token, err, want)
+		}
+	}
 }

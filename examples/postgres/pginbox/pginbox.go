@@ -90,7 +90,7 @@ func open(ctx context.Context, url string, retention, tidyEvery time.Duration) (
 	}
 	config, err := pgxpool.ParseConfig(url)
 	if err != nil {
-		return nil, fmt.Errorf("pginbox: %w", err)
+		return nil, errors.New("pginbox: want a URL like postgres://user:password@host/db") // err may quote a password
 	}
 	// A claim has to see what those committed for whose lock it waited.
 	config.ConnConfig.RuntimeParams["default_transaction_isolation"] = "read committed"
@@ -159,15 +159,16 @@ func (in *Inbox) Forward(deliver deliverFunc) {
 // Ready returns nil when the Inbox can take events, an error when ctx ends before that.
 func (in *Inbox) Ready(ctx context.Context) error { return in.living(ctx) }
 
-// forwarded marks the context of what Forward delivers, with the Inbox as its value.
-type forwarded struct{}
+// forwarded marks the context of what Forward delivers, with the event's id as its value: the callback has that context,
+// too, and may deliver other events with it.
+type forwarded struct{ in *Inbox }
 
 // Claim stores the event, and reports whether it is new and this owner's to handle now.
 func (in *Inbox) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bool, err error) {
 	if err := in.living(ctx); err != nil {
 		return false, err
 	}
-	if ctx.Value(forwarded{}) == in {
+	if ctx.Value(forwarded{in}) == env.EventID {
 		err := in.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM offload_events WHERE event_id = $1 AND owner = $2)`,
 			env.EventID, in.owner).Scan(&fresh)
 		return fresh, err
@@ -205,13 +206,13 @@ func (in *Inbox) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bo
 
 // caseOf returns the caseId of an event as a text that PostgreSQL can hold, nil where there is none.
 func caseOf(env *offloadhook.Envelope) *string {
-	var data struct {
-		CaseID string `json:"caseId"`
-	}
-	if err := json.Unmarshal(env.Data, &data); err != nil || data.CaseID == "" {
+	var data map[string]json.RawMessage // the names of a struct would match in any letter case
+	var id string
+	_ = json.Unmarshal(env.Data, &data)
+	if _ = json.Unmarshal(data["caseId"], &id); id == "" {
 		return nil
 	}
-	id := strings.ReplaceAll(data.CaseID, "\x00", "\ufffd")
+	id = strings.ReplaceAll(id, "\x00", "\ufffd")
 	return &id
 }
 
@@ -505,7 +506,7 @@ func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool, err 
 		if e.caseID != nil && held[*e.caseID] {
 			continue
 		}
-		fresh, err := deliver(context.WithValue(ctx, forwarded{}, in), e.body)
+		fresh, err := deliver(context.WithValue(ctx, forwarded{in}, e.id), e.body)
 		if errors.Is(err, offloadhook.ErrClosed) {
 			in.Forward(nil) // the receiver shuts down
 		}

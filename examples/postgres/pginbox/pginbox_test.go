@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -342,6 +343,36 @@ func TestOneOwnerPerCase(t *testing.T) {
 	mustClaim(t, b, "evt_5", "case")
 }
 
+// TestForwardedContext delivers an event with the context of one that was forwarded, as a callback may do: it is stored.
+func TestForwardedContext(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	a, b := newInbox(t, url, never), newInbox(t, url, never)
+	mustClaim(t, a, "evt_1", "case")
+	if fresh, err := b.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
+		t.Errorf("evt_2, at another replica than evt_1: %t, %v", fresh, err)
+	}
+	alike := []byte(`{"event_id":"evt_4","data":{"caseId":"case","CaseID":"another"}}`)
+	if env, err := offloadhook.ParseEnvelope(alike); err != nil {
+		t.Fatal(err)
+	} else if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
+		t.Errorf("evt_4, of the same case: %t, %v", fresh, err)
+	}
+	claimed := make(chan bool, 1)
+	a.Forward(func(ctx context.Context, _ []byte) (bool, error) {
+		fresh, err := a.Claim(ctx, newEvent("evt_3", "another case"))
+		claimed <- fresh
+		return fresh, err
+	})
+	select {
+	case fresh := <-claimed:
+		if !fresh {
+			t.Error("evt_3 is taken for the one that is forwarded")
+		}
+	case <-time.After(patience):
+		t.Fatal("nothing is forwarded")
+	}
+}
+
 // TestOneOwnerPerCaseRace brings new events, and some that were given up, to cases from all sides at once: no case has
 // two owners.
 func TestOneOwnerPerCaseRace(t *testing.T) {
@@ -571,6 +602,16 @@ func TestOpen(t *testing.T) {
 		if in, err := Open(ctx, "postgres://test@127.0.0.1:1/postgres?sslmode=disable", 0); err == nil {
 			in.Close()
 			t.Error("no error")
+		}
+	})
+	t.Run("no URL", func(t *testing.T) {
+		in, err := Open(t.Context(), "host=127.0.0.1 password = 'my secret' sslmode=bogus", 0)
+		if err == nil {
+			in.Close()
+			t.Fatal("no error")
+		}
+		if strings.Contains(err.Error(), "secret") {
+			t.Errorf("the password is told: %v", err)
 		}
 	})
 	t.Run("asynchronous commit", func(t *testing.T) {

@@ -174,13 +174,14 @@ func (in *Inbox) Ready(ctx context.Context) error {
 	return err
 }
 
-// forwarded marks the context of what Forward delivers, with the Inbox as its value.
-type forwarded struct{}
+// forwarded marks the context of what Forward delivers, with the event's id as its value: the callback has that context,
+// too, and may deliver other events with it.
+type forwarded struct{ in *Inbox }
 
 // Claim stores the event, and reports whether it is new and this owner's to handle now.
 func (in *Inbox) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bool, err error) {
 	var answer any
-	if ctx.Value(forwarded{}) == in {
+	if ctx.Value(forwarded{in}) == env.EventID {
 		answer, err = in.end(ctx, "holds", env.EventID)
 	} else {
 		answer, err = in.do(ctx, script, "claim", env.EventID, caseOf(env), env.Raw, rand.Text())
@@ -190,13 +191,11 @@ func (in *Inbox) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bo
 
 // caseOf returns the caseId of an event, "" where there is none.
 func caseOf(env *offloadhook.Envelope) string {
-	var data struct {
-		CaseID string `json:"caseId"`
-	}
-	if err := json.Unmarshal(env.Data, &data); err != nil {
-		return ""
-	}
-	return data.CaseID
+	var data map[string]json.RawMessage // the names of a struct would match in any letter case
+	var id string
+	_ = json.Unmarshal(env.Data, &data)
+	_ = json.Unmarshal(data["caseId"], &id)
+	return id
 }
 
 // Done records the end of an event, if it is still this owner's.
@@ -429,7 +428,7 @@ func (in *Inbox) hand(ctx context.Context, last string, held map[string]bool, de
 		}
 		fresh := true
 		if len(e.body) > 0 { // else Pending will tell
-			fresh, err = deliver(context.WithValue(ctx, forwarded{}, in), e.body)
+			fresh, err = deliver(context.WithValue(ctx, forwarded{in}, e.id), e.body)
 		}
 		if errors.Is(err, offloadhook.ErrClosed) {
 			in.Forward(nil) // the receiver shuts down

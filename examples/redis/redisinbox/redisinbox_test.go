@@ -408,6 +408,36 @@ func TestOneHeir(t *testing.T) {
 	s.Do(t, "ZSCORE", prefix+"owners", first.owner) // fails where nobody would find its events
 }
 
+// TestForwardedContext delivers an event with the context of one that was forwarded, as a callback may do: it is stored.
+func TestForwardedContext(t *testing.T) {
+	s := redistest.New(t)
+	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
+	mustClaim(t, a, "evt_1", "case")
+	if fresh, err := b.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
+		t.Errorf("evt_2, at another replica than evt_1: %t, %v", fresh, err)
+	}
+	alike := []byte(`{"event_id":"evt_4","data":{"caseId":"case","CaseID":"another"}}`)
+	if env, err := offloadhook.ParseEnvelope(alike); err != nil {
+		t.Fatal(err)
+	} else if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
+		t.Errorf("evt_4, of the same case: %t, %v", fresh, err)
+	}
+	claimed := make(chan bool, 1)
+	a.Forward(func(ctx context.Context, _ []byte) (bool, error) {
+		fresh, err := a.Claim(ctx, newEvent("evt_3", "another case"))
+		claimed <- fresh
+		return fresh, err
+	})
+	select {
+	case fresh := <-claimed:
+		if !fresh {
+			t.Error("evt_3 is taken for the one that is forwarded")
+		}
+	case <-time.After(patience):
+		t.Fatal("nothing is forwarded")
+	}
+}
+
 // TestHeld forwards an event while another delivery of it is on its way: those after it in its case wait.
 func TestHeld(t *testing.T) {
 	s := redistest.New(t)
