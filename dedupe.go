@@ -142,7 +142,11 @@ func (s *idSet) add(d digest, at time.Time) {
 	if s.ids[d] = struct{}{}; len(s.ids) == len(s.queue) {
 		return
 	}
-	s.queue = append(s.queue, idTime{d, uint32(at.Add(time.Second - 1).Unix())})
+	when := uint32(at.Add(time.Second - 1).Unix())
+	if n := s.len(); n > 0 {
+		when = max(when, s.queue[n-1].at) // the clock may have gone back
+	}
+	s.queue = append(s.queue, idTime{d, when})
 }
 
 // expire drops what was added at or before then.
@@ -208,9 +212,9 @@ type claim struct {
 	file   *logFile
 	off    int64 // of its line
 	size   int
-	group  *group // until it is durable
-	before *claim // until then, of the same id, which was given up
-	gaveUp int64  // when, in Unix milliseconds; 0 if it was not
+	group  *group    // until it is durable
+	before *claim    // until then, of the same id, which was given up
+	gaveUp time.Time // zero unless it was
 	ended  bool
 }
 
@@ -266,7 +270,10 @@ func (j *Journal) Close() (err error) {
 	defer j.mu.Unlock()
 	j.refuse(j.closed)
 	for _, file := range j.files {
-		err = errors.Join(err, file.bad, file.Sync(), file.Close())
+		if file.bad != errNew { // else err tells why it has come to no use, unless that is the takeover
+			err = errors.Join(err, file.bad)
+		}
+		err = errors.Join(err, file.Sync(), file.Close())
 	}
 	err = errors.Join(append(j.reports, err)...)
 	j.files, j.reports = nil, nil
@@ -311,11 +318,11 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	d, now := digestOf(env.EventID), time.Now()
 	j.done.expire(now.Add(-j.retention))
 	c := j.claims[d]
-	if c != nil && c.group == nil && c.gaveUp == 0 || c == nil && j.done.has(d) {
+	if c != nil && c.group == nil && c.gaveUp.IsZero() || c == nil && j.done.has(d) {
 		defer j.mu.Unlock()
 		return false, named(j.owns())
 	}
-	fresh = c == nil || c.gaveUp != 0
+	fresh = c == nil || !c.gaveUp.IsZero()
 	leads := fresh && j.group == nil
 	if leads {
 		j.group = &group{synced: make(chan struct{})}
@@ -345,10 +352,10 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	defer j.mu.Unlock()
 	c, now := j.claims[digestOf(env.EventID)], time.Now()
 	switch {
-	case c == nil || c.group != nil || c.gaveUp != 0:
+	case c == nil || c.group != nil || !c.gaveUp.IsZero():
 		return nil
 	case result != nil:
-		c.gaveUp = now.UnixMilli()
+		c.gaveUp = now
 		return nil
 	}
 	j.buf = appendRecord(j.buf, "done", env.EventID, now.UnixMilli(), nil)
@@ -357,11 +364,16 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	}
 	j.end(c)
 	j.done.add(c.id, now)
+	j.tidy()
+	return nil
+}
+
+// tidy starts a compaction if there is more garbage than what is alive. mu is held.
+func (j *Journal) tidy() {
 	alive := j.live + 33*int64(j.done.len()) // what a copy takes
 	if j.size() > 2*alive+1<<20+j.slack && j.renewal.TryLock() {
 		go j.compact()
 	}
-	return nil
 }
 
 // Pending yields the unfinished events, oldest first, after what has been found damaged since the last call.
@@ -385,9 +397,9 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 			j.mu.Lock()
 			env, err := (*Envelope)(nil), cmp.Or(j.closed, ctx.Err())
 			stop := err != nil
-			rested := time.Since(time.UnixMilli(c.gaveUp)) >= 10*time.Minute
+			rested := time.Since(c.gaveUp) >= 10*time.Minute
 			if !stop && j.claims[c.id] == c && c.group == nil && (all || rested) {
-				c.gaveUp = 0
+				c.gaveUp = time.Time{}
 				_, env, err = j.read(c)
 			}
 			j.mu.Unlock()
@@ -473,6 +485,9 @@ func (j *Journal) commit(g *group) {
 		}
 	}
 	j.settle(g, err)
+	if err == nil {
+		j.tidy() // a claim may have left one behind that was given up
+	}
 }
 
 // write writes buf. If that fails it cuts the file back to its last whole record. mu is held.
@@ -626,13 +641,13 @@ func (j *Journal) replay(file *logFile) error {
 		}
 		for len(line) > 0 {
 			rec := parseRecord(line)
-			if rec.kind == "" && err == io.EOF {
+			if rec.kind == "" && err == io.EOF && rec.size == len(line) {
 				return nil
 			}
 			if rec.kind == "" {
 				j.reports = append(j.reports, j.damageAt(file, file.size))
 			}
-			at := time.UnixMilli(min(rec.at, now.UnixMilli())) // a clock may have been ahead
+			at := time.UnixMilli(min(rec.at, now.Add(j.retention).UnixMilli())) // a clock may have been wrong, or be
 			fresh := now.Sub(at) < j.retention
 			for _, id := range rec.ids {
 				if c := j.claims[id]; c != nil {

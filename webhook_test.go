@@ -8042,7 +8042,7 @@ func TestLargeEventLeavesMemory(t *testing.T) {
 	}
 }
 
-// A record of a clock that was ahead does not keep the ids behind it for longer than the retention.
+// A record of a clock that was ahead does not keep the ids behind it for longer than twice the retention.
 func TestClockWasAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ahead := string(appendRecord(nil, "done", "evt_ahead", time.Now().AddDate(10, 0, 0).UnixMilli(), nil))
@@ -8058,6 +8058,107 @@ func TestClockWasAhead(t *testing.T) {
 			t.Errorf("%d ids are remembered", n)
 		}
 	})
+}
+
+// A clock that is behind at a start, or was behind for one id, makes no id be forgotten early.
+func TestClockWasBehind(t *testing.T) {
+	remembered := func(t *testing.T, j *Journal, id string) {
+		t.Helper()
+		if fresh, err := j.Claim(t.Context(), journalEvent(id, 0, 0)); fresh || err != nil {
+			t.Errorf("%s, done within the retention: %t, %v", id, fresh, err)
+		}
+	}
+	inBubble(t, "at a start", func(t *testing.T) {
+		done := appendRecord(nil, "done", "evt_1", time.Now().Add(2*time.Hour).UnixMilli(), nil)
+		j := openOn(t, diskWith(filepath.Join("journal", "events-00000001.log"), done).process(), 3*time.Hour)
+		time.Sleep(3*time.Hour + time.Minute) // an hour and what the clock was behind
+		remembered(t, j, "evt_1")
+	})
+	inBubble(t, "for one id", func(t *testing.T) {
+		time.Sleep(24 * time.Hour)
+		done := appendRecord(nil, "done", "evt_1", time.Now().Add(-time.Minute).UnixMilli(), nil)
+		done = appendRecord(done, "done", "evt_behind", time.Now().Add(-59*time.Minute).UnixMilli(), nil)
+		medium := diskWith(filepath.Join("journal", "events-00000001.log"), done)
+		openOn(t, medium.process(), time.Hour).Close()
+		time.Sleep(2 * time.Minute)
+		remembered(t, openOn(t, medium.process(), time.Hour), "evt_1")
+	})
+}
+
+// TestDamageBeforeTear: a damaged line break joins a record to the torn one behind it. That is damage all the same.
+func TestDamageBeforeTear(t *testing.T) {
+	var content []byte
+	for _, id := range []string{"evt_0", "evt_1"} {
+		content = appendRecord(content, "id", id, 1, journalEvent(id, 0, 100).Raw)
+	}
+	clear(content[len(content)-60:])
+	last := appendRecord(nil, "id", "evt_2", 1, journalEvent("evt_2", 0, 100).Raw)
+	for cut := len(`00000000 {"id"`); cut < len(last); cut++ {
+		medium := diskWith(filepath.Join("journal", "events-00000001.log"), append(bytes.Clone(content), last[:cut]...))
+		j := openOn(t, medium.process(), 0)
+		want := []string{"evt_0"}
+		if cut == len(last)-1 { // it lacks only its line break
+			want = append(want, "evt_2")
+		}
+		var ids []string
+		damages := 0
+		for env, err := range j.Pending(t.Context()) {
+			if err != nil {
+				damages++
+			} else {
+				ids = append(ids, env.EventID)
+			}
+		}
+		if damages != 1 || !slices.Equal(ids, want) {
+			t.Errorf("cut at byte %d of the last record: %d damages, %q, want 1, %q", cut, damages, ids, want)
+		}
+		if !strings.Contains(fmt.Sprint(diskNames(medium)), ".damaged") {
+			t.Errorf("cut at byte %d of the last record: %q", cut, diskNames(medium))
+		}
+		j.Close()
+	}
+}
+
+// TestClaimedAnewGrows: of an event that is given up and claimed again and again one record is alive.
+func TestClaimedAnewGrows(t *testing.T) {
+	dir := t.TempDir()
+	j := journalOpen(t, dir)
+	env := journalEvent("evt_1", 0, 100<<10)
+	for range 100 {
+		if fresh, err := j.Claim(t.Context(), env); !fresh || err != nil {
+			t.Fatal(fresh, err)
+		}
+		if err := j.Done(t.Context(), env, errTest); err != nil {
+			t.Fatal(err)
+		}
+		j.renewal.Lock() // when a compaction is done
+		size := journalSize(dir)
+		j.renewal.Unlock()
+		if size > 3<<20 {
+			t.Fatalf("for an event of 100 KiB the journal has %d bytes", size)
+		}
+	}
+}
+
+// TestLostWhileCompacting: to be taken over from is no failure of Close, wherever a compaction is.
+func TestLostWhileCompacting(t *testing.T) {
+	medium := newDisk()
+	d := medium.process()
+	j := openOn(t, d, 0)
+	journalClaimed(t, j, "evt_1")
+	d.hook = func(op, _ string) error {
+		if op == "syncdir" {
+			d.hook = nil
+			openOn(t, medium.process(), 0)
+		}
+		return nil
+	}
+	if err := journalCompact(j); !errors.Is(err, ErrClosed) {
+		t.Fatal(err)
+	}
+	if err := j.Close(); err != nil {
+		t.Errorf("Close: %v", err)
+	}
 }
 
 // While an fsync fails slowly, who waits for a new file shares the failure of the one who tried to make it.
