@@ -58,6 +58,7 @@ func Handler(cb Callbacks, opts ...Option) *Receiver {
 	for _, opt := range opts {
 		opt.apply(r)
 	}
+	r.room, r.lobby = make(places, r.backlog), make(places, r.backlog)
 	r.alive, r.cancel = context.WithCancelCause(context.Background())
 	r.drained, r.drain = context.WithCancel(context.Background())
 	if r.inbox != nil {
@@ -100,6 +101,8 @@ type Receiver struct {
 	sweep   *time.Timer     // reads the inbox
 	drained context.Context // ends when nothing is accepted any more, and neither a task nor a reading is left
 	drain   context.CancelFunc
+	room    places // of events in memory, or about to be: backlog
+	lobby   places // of those who wait for room: as many
 
 	mu      sync.Mutex // protects what follows, and every task
 	closed  bool
@@ -108,9 +111,7 @@ type Receiver struct {
 	tails   map[string]*task // by case id: the last task of each case that has any; the first leads to it by next
 	ready   []*task          // those whose turn it is, in order
 	running int              // goroutines that run tasks: at most concurrency
-	held    int              // events in memory, or about to be
-	failed  int              // those of them that have failed; as many as backlog take no room
-	lobby   []chan struct{}  // of those who wait for room, in order; closed when it is given
+	failed  int              // tasks that have failed; as many as backlog take no room
 
 	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
 	failing  bool                // the last reading of the inbox met an error
@@ -567,43 +568,36 @@ func (r *Receiver) storeFailed(t *task, step string, err error) error {
 	return err
 }
 
-// takeRoom takes room in memory for one event, if there is any. mu is held.
-func (r *Receiver) takeRoom() bool {
-	if r.used() >= r.backlog {
+// places has an element for each place that is taken. Who waits for one gets it in turn.
+type places chan struct{}
+
+// take takes a place, if there is one.
+func (p places) take() bool {
+	select {
+	case p <- struct{}{}:
+		return true
+	default:
 		return false
 	}
-	r.held++
-	return true
 }
-
-// used returns how much room is taken. mu is held.
-func (r *Receiver) used() int { return r.held - min(r.failed, r.backlog) }
 
 // waitForRoom takes room in memory for one event, as soon as there is any.
 func (r *Receiver) waitForRoom() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.takeRoom() {
+	if r.room.take() {
 		return nil
 	}
-	if len(r.lobby) == r.backlog {
+	if !r.lobby.take() {
 		return ErrBusy
 	}
-	turn := make(chan struct{})
-	r.lobby = append(r.lobby, turn)
-	r.mu.Unlock()
+	defer func() { <-r.lobby }()
 	ctx, cancel := context.WithTimeoutCause(r.alive, roomTimeout, ErrBusy)
 	defer cancel()
 	select {
-	case <-turn:
+	case r.room <- struct{}{}:
+		return nil
 	case <-ctx.Done():
-	}
-	r.mu.Lock()
-	if i := slices.Index(r.lobby, turn); i >= 0 { // its turn has not come
-		r.lobby = slices.Delete(r.lobby, i, i+1)
 		return context.Cause(ctx)
 	}
-	return nil
 }
 
 // place puts t, which is claimed, where its turn will come: into memory, or with an inbox behind what waits there. The
@@ -613,15 +607,15 @@ func (r *Receiver) place(t *task) error {
 	defer r.mu.Unlock()
 	switch {
 	case r.inbox == nil && r.alive.Err() != nil:
-		r.held--
+		<-r.room
 		return ErrClosed
-	case r.inbox != nil && (r.closed || r.behind || r.used()+len(r.arrivals) >= r.backlog):
+	case r.inbox != nil && (r.closed || r.behind || len(r.room)+len(r.arrivals) >= r.backlog):
 		r.behind = true
 		r.checkWake()
 	case r.reading != nil:
 		t.state = arrived
 		r.arrivals = append(r.arrivals, t)
-	case r.inbox == nil || r.takeRoom(): // there is some
+	case r.inbox == nil || r.room.take(): // there is some
 		r.enqueue(t)
 	}
 	return nil
@@ -809,7 +803,9 @@ func (r *Receiver) settle(t *task, over bool) {
 			pause = jitter(storeRest, t.records, sweepEvery)
 		}
 		if t.state = queued; t.timer == nil {
-			r.failed++
+			if r.failed++; r.failed <= r.backlog {
+				<-r.room
+			}
 		}
 		t.timer = time.AfterFunc(pause, func() {
 			r.mu.Lock()
@@ -818,10 +814,6 @@ func (r *Receiver) settle(t *task, over bool) {
 				r.makeReady(t)
 			}
 		})
-	}
-	for len(r.lobby) > 0 && r.takeRoom() {
-		close(r.lobby[0])
-		r.lobby = r.lobby[1:]
 	}
 	r.checkDrained()
 	r.checkWake()
@@ -846,11 +838,11 @@ func (r *Receiver) forget(t *task) {
 	if delete(r.tasks, t.env.EventID); r.reading != nil {
 		r.reading[t.env.EventID] = struct{}{}
 	}
-	if t.state != arrived {
-		r.held--
-	}
 	if t.timer != nil {
 		r.failed--
+	}
+	if t.state != arrived && (t.timer == nil || r.failed >= r.backlog) {
+		<-r.room
 	}
 	t.state = gone
 }
@@ -858,7 +850,7 @@ func (r *Receiver) forget(t *task) {
 // checkWake asks for a reading of the inbox when there is room again: half of the backlog, so that a long inbox is not
 // read anew for every event. mu is held.
 func (r *Receiver) checkWake() {
-	if r.behind && !r.failing && r.reading == nil && !r.closed && r.used() <= r.backlog/2 {
+	if r.behind && !r.failing && r.reading == nil && !r.closed && len(r.room) <= r.backlog/2 {
 		r.sweep.Reset(0)
 	}
 }
@@ -978,7 +970,7 @@ func (r *Receiver) readInbox() {
 		if t.state != arrived { // it was read, too
 			continue
 		}
-		if r.behind = r.behind || !r.takeRoom(); r.behind {
+		if r.behind = r.behind || !r.room.take(); r.behind {
 			r.forget(t) // it stays in the inbox
 		} else {
 			r.enqueue(t)
@@ -1016,7 +1008,7 @@ func (r *Receiver) readBack(env *Envelope, start time.Time, undecided *[]*task) 
 	switch {
 	case slices.ContainsFunc(*undecided, func(u *task) bool { return t.caseID != "" && t.caseID == u.caseID }):
 		r.behind = true
-	case r.closed || !r.takeRoom():
+	case r.closed || !r.room.take():
 		return false
 	default:
 		r.tasks[env.EventID] = t

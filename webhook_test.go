@@ -8284,7 +8284,7 @@ func TestRoomOfFailed(t *testing.T) {
 		if err := r.Shutdown(context.Background()); err != nil {
 			t.Error(err)
 		}
-		expectEqual(t, "held", r.held, 0)
+		expectEqual(t, "room taken", len(r.room), 0)
 		expectEqual(t, "failed", r.failed, 0)
 	})
 }
