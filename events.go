@@ -187,7 +187,6 @@ func decode[T any](env *Envelope) (*T, error) {
 // time of a delivery. Other than there names match exactly, raw values share the memory of the body, a doubled array
 // replaces the first, and the first error, which is about field, ends it.
 func fill(v reflect.Value, value []byte) (field string, err error) {
-	end := len(value)
 	switch first := at(value, 0); {
 	case v.Type() == reflect.TypeFor[json.RawMessage]():
 		v.SetBytes(value)
@@ -195,7 +194,7 @@ func fill(v reflect.Value, value []byte) (field string, err error) {
 		v.SetString(text(value))
 	case v.Kind() == reflect.Struct && first == '{':
 		fields := fieldsOf(v.Type())
-		end = scan(value, 0, nesting, func(name, value []byte) {
+		scan(value, 0, nesting, func(name, value []byte) {
 			if index, known := fields[string(name)]; known && err == nil {
 				if field, err = fill(v.FieldByIndex(index), value); err != nil {
 					field = "." + string(name) + field
@@ -204,7 +203,7 @@ func fill(v reflect.Value, value []byte) (field string, err error) {
 		})
 	case v.Kind() == reflect.Slice && first == '[':
 		v.Set(reflect.MakeSlice(v.Type(), 0, 0)) // not nil, as for absent and null
-		end = scan(value, 0, nesting, func(_, value []byte) {
+		scan(value, 0, nesting, func(_, value []byte) {
 			if n := v.Len(); err == nil {
 				v.Grow(1)
 				v.SetLen(n + 1)
@@ -217,9 +216,6 @@ func fill(v reflect.Value, value []byte) (field string, err error) {
 			return "", json.Unmarshal(value, v.Addr().Interface())
 		}
 		v.SetInt(n)
-	}
-	if err == nil && (end < 0 || skipSpace(value, end) < len(value)) {
-		err = ErrMalformed
 	}
 	return field, err
 }
