@@ -601,7 +601,7 @@ func (j *Journal) open() error {
 	if err != nil {
 		return err
 	}
-	if err = j.load(); err != nil {
+	if err = j.load(gens); err != nil {
 		return cmp.Or(j.owns(), err)
 	}
 	if err = j.lock(); err == nil { // the file is new
@@ -610,21 +610,20 @@ func (j *Journal) open() error {
 	return err
 }
 
-// load reads the files before the last.
-func (j *Journal) load() error {
-	gens, err := j.numbers(".log")
+// load reads the files under the numbers gens, which are all before the last.
+func (j *Journal) load(gens []int) (err error) {
 	for _, gen := range gens {
-		if err != nil || gen >= j.last().gen {
-			break
-		}
 		file := &logFile{gen: gen}
-		if file.diskFile, err = j.disk.open(j.path(gen), os.O_RDWR); err == nil {
-			j.files = slices.Insert(j.files, len(j.files)-1, file)
-			err = j.replay(file)
+		if file.diskFile, err = j.disk.open(j.path(gen), os.O_RDWR); err != nil {
+			return err
+		}
+		j.files = slices.Insert(j.files, len(j.files)-1, file)
+		if err = j.replay(file); err != nil {
+			return err
 		}
 	}
-	again, listErr := j.numbers(".log")
-	if err = cmp.Or(err, listErr); err == nil && !slices.Equal(again, gens) {
+	again, err := j.numbers(".log")
+	if err == nil && !slices.Equal(again, append(gens, j.last().gen)) {
 		err = fs.ErrNotExist // what gets its name while a directory is listed need not be seen
 	}
 	return err
