@@ -782,7 +782,7 @@ func (r *Receiver) record(t *task) (over bool) {
 	if err != nil {
 		t.records++
 	}
-	return err == nil || r.alive.Err() != nil || r.inbox == nil && t.records == doneAttempts
+	return err == nil || r.inbox == nil && t.records == doneAttempts
 }
 
 // settle ends t, or lets it rest until the next attempt (promise 4). While it rests it takes no part of the concurrency
@@ -818,7 +818,7 @@ func (r *Receiver) settle(t *task, over bool) {
 	r.checkDrained()
 	r.checkWake()
 	r.mu.Unlock()
-	if dead && !over && !t.ended && r.inbox == nil {
+	if dead && !t.ended && r.inbox == nil {
 		_ = r.done(t.ctx, t, ErrClosed) // abandon came between; it has reported t
 	}
 }
@@ -876,7 +876,7 @@ func (r *Receiver) drop(all bool) (dropped []*task) {
 			dropped = append(dropped, t)
 		}
 	}
-	r.ready, r.arrivals = slices.DeleteFunc(r.ready, func(t *task) bool { return t.state == gone }), nil
+	r.ready = slices.DeleteFunc(r.ready, func(t *task) bool { return t.state == gone })
 	return dropped
 }
 
@@ -942,14 +942,16 @@ func (r *Receiver) readInbox() {
 	var lost error
 	var undecided []*task
 	for env, err := range r.inbox.Pending(ctx) {
+		if errors.Is(err, ErrClosed) {
+			lost = err // told below, since the inbox may have to be free for what is to be recorded
+			break
+		}
 		if err == nil {
 			whole = r.readBack(env, start, &undecided)
-		} else if errors.Is(err, ErrClosed) {
-			lost = err // to be told below, since the inbox may have to be free for what is to be recorded
 		} else if failing = true; r.alive.Err() == nil {
 			_ = r.storeFailed(nil, "pending", err)
 		}
-		if whole = whole && lost == nil && r.alive.Err() == nil; !whole {
+		if whole = whole && r.alive.Err() == nil; !whole {
 			break
 		}
 	}
