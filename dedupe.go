@@ -139,7 +139,8 @@ func (s *idSet) add(d digest, at time.Time) {
 	if s.ids == nil {
 		s.ids = make(map[digest]struct{})
 	}
-	if s.ids[d] = struct{}{}; len(s.ids) == len(s.queue) {
+	s.ids[d] = struct{}{}
+	if len(s.ids) == len(s.queue) { // it was in the set
 		return
 	}
 	when := uint32(at.Add(time.Second - 1).Unix())
@@ -289,8 +290,8 @@ func (j *Journal) lock() (err error) {
 		j.renewal.Lock()
 		j.mu.Lock()
 		if j.bad() && j.tries == tried { // else another has tried meanwhile
-			err := j.renew()
-			j.failed, j.tries = cmp.Or(j.owns(), err), j.tries+1
+			failure := j.renew()
+			j.failed, j.tries = cmp.Or(j.owns(), failure), j.tries+1
 		}
 		if j.bad() {
 			err = j.failed
@@ -427,7 +428,8 @@ func (j *Journal) add(c *claim) {
 
 // end takes c out of the claims. mu is held.
 func (j *Journal) end(c *claim) {
-	if c.ended = true; j.claims[c.id] == c {
+	c.ended = true
+	if j.claims[c.id] == c {
 		delete(j.claims, c.id)
 	}
 	j.live -= int64(c.size)
@@ -496,7 +498,8 @@ func (j *Journal) write() error {
 	n, err := file.WriteAt(j.buf, file.size)
 	if err == nil {
 		file.size += int64(n)
-		if j.buf = j.buf[:0]; cap(j.buf) > 1<<20 {
+		j.buf = j.buf[:0]
+		if cap(j.buf) > 1<<20 {
 			j.buf = nil
 		}
 		return nil
@@ -592,8 +595,11 @@ func (j *Journal) open() error {
 	err := j.disk.mkdir(j.dir)
 	gens, listErr := j.numbers(".log")
 	if err = cmp.Or(err, listErr); err == nil {
-		first := rand.IntN(5e7) // so that a directory made anew has not the numbers that whoever had it still uses
-		err = j.create(append([]int{first}, gens...)[len(gens)])
+		newest := rand.IntN(5e7) // so that a directory made anew has not the numbers that whoever had it still uses
+		if len(gens) > 0 {
+			newest = gens[len(gens)-1]
+		}
+		err = j.create(newest)
 	}
 	if err != nil {
 		return err
@@ -676,7 +682,8 @@ func (j *Journal) size() (total int64) {
 func (j *Journal) compact() {
 	j.mu.Lock()
 	err := j.renew()
-	if j.slack = 0; err != nil && j.closed == nil {
+	j.slack = 0
+	if err != nil && j.closed == nil {
 		j.slack = j.size() // until the files have doubled
 		j.reports = append(j.reports, named(err))
 	}
@@ -693,12 +700,18 @@ func (j *Journal) renew() (err error) {
 	}
 	sound := !j.bad()
 	if j.last().bad != errNew { // else a renewal has failed before
-		if err = cmp.Or(j.owns(), j.write()); err == nil {
+		if err = j.owns(); err == nil {
+			err = j.write()
+		}
+		if err == nil {
 			j.group = nil // who leads it will sync its file
 			err = j.create(j.last().gen)
 		}
 	}
-	if err = cmp.Or(err, j.disk.syncDir(j.dir), j.owns()); err != nil {
+	if err == nil {
+		err = j.disk.syncDir(j.dir)
+	}
+	if err = cmp.Or(err, j.owns()); err != nil {
 		return err
 	}
 	old, live := j.files[:len(j.files)-1], j.last()

@@ -158,8 +158,10 @@ func ParseEnvelope(body []byte) (*Envelope, error) {
 	switch {
 	case end < 0 || at(body, start) != '{' || skipSpace(body, end) < len(body):
 		return nil, fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
-	case ids != 1:
-		return nil, fmt.Errorf("%w: event_id %s", ErrMalformed, []string{"is missing", "", "occurs twice"}[min(ids, 2)])
+	case ids == 0:
+		return nil, fmt.Errorf("%w: event_id is missing", ErrMalformed)
+	case ids > 1:
+		return nil, fmt.Errorf("%w: event_id occurs twice", ErrMalformed)
 	case !usableID(env.EventID) || !utf8.Valid(id) || halfPair(id, env.EventID):
 		return nil, fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
 	}

@@ -53,7 +53,7 @@ func Handler(cb Callbacks, opts ...Option) *Receiver {
 	r := &Receiver{
 		cb: cb, store: new(Memory), concurrency: 32, backlog: 1024, attempts: 8, backoff: time.Second, maxBody: 1 << 20,
 		observe: logProblems,
-		tasks:   make(map[string]*task), claims: make(map[string]*task), tails: make(map[string]*task),
+		tasks:   make(map[string]*task), lastClaims: make(map[string]*task), tails: make(map[string]*task),
 	}
 	for _, opt := range opts {
 		opt.apply(r)
@@ -104,14 +104,14 @@ type Receiver struct {
 	room    places // of events in memory, or about to be: backlog
 	lobby   places // of those who wait for room: as many
 
-	mu      sync.Mutex // protects what follows, and every task
-	closed  bool
-	tasks   map[string]*task // by event id: those being decided and those in memory
-	claims  map[string]*task // by case id: the last task of each case that is being decided, with an inbox
-	tails   map[string]*task // by case id: the last task of each case that has any; the first leads to it by next
-	ready   []*task          // those whose turn it is, in order
-	running int              // goroutines that run tasks: at most concurrency
-	failed  int              // tasks that have failed; as many as backlog take no room
+	mu         sync.Mutex // protects what follows, and every task
+	closed     bool
+	tasks      map[string]*task // by event id: those being decided and those in memory
+	lastClaims map[string]*task // by case id: the last task of each case that is being decided, with an inbox
+	tails      map[string]*task // by case id: the last task of each case that has any; the first leads to it by next
+	ready      []*task          // those whose turn it is, in order
+	running    int              // goroutines that run tasks: at most concurrency
+	failed     int              // tasks that have failed; as many as backlog take no room
 
 	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
 	failing  bool                // the last reading of the inbox met an error
@@ -429,8 +429,9 @@ type task struct {
 	next    *task // of the same case, to run after this one
 	attempt int
 	timer   *time.Timer // ends the waiting; nil until it, or its Done, has failed
+	told    bool        // it was told as Unfinished
 	ended   bool        // nothing is left to do but to record result
-	result  error       // what Done is given; ErrClosed where it was told as Unfinished, and Done is not called
+	result  error       // what Done is given
 	records int         // how often Done has failed
 }
 
@@ -475,7 +476,7 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 	if first == nil && !closed {
 		r.tasks[t.env.EventID] = t
 		if r.inbox != nil && t.caseID != "" {
-			before, r.claims[t.caseID] = r.claims[t.caseID], t
+			before, r.lastClaims[t.caseID] = r.lastClaims[t.caseID], t
 		}
 	}
 	r.mu.Unlock()
@@ -495,8 +496,8 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 			r.checkDrained()
 		}
 		r.behind = r.behind || err != nil && r.inbox != nil // it may be there after all
-		if r.claims[t.caseID] == t {
-			delete(r.claims, t.caseID)
+		if r.lastClaims[t.caseID] == t {
+			delete(r.lastClaims, t.caseID)
 		}
 		t.err = err
 		close(t.decided)
@@ -615,7 +616,10 @@ func (r *Receiver) place(t *task) error {
 	case r.reading != nil:
 		t.state = arrived
 		r.arrivals = append(r.arrivals, t)
-	case r.inbox == nil || r.room.take(): // there is some
+	default:
+		if r.inbox != nil {
+			r.room.take() // there is some
+		}
 		r.enqueue(t)
 	}
 	return nil
@@ -758,7 +762,7 @@ func (r *Receiver) finish(t *task, o Observation) {
 	case r.alive.Err() != nil:
 		o.Outcome = "" // abandon has reported it
 	case r.closed && r.inbox != nil:
-		o.Outcome, t.result = Unfinished, ErrClosed // the inbox keeps it; abandon need not report it again
+		o.Outcome, t.told = Unfinished, true // the inbox keeps it; abandon need not report it again
 	case t.attempt == r.attempts:
 		o.Outcome = GaveUp
 	}
@@ -802,7 +806,8 @@ func (r *Receiver) settle(t *task, over bool) {
 		if t.ended {
 			pause = jitter(storeRest, t.records, sweepEvery)
 		}
-		if t.state = queued; t.timer == nil {
+		t.state = queued
+		if t.timer == nil {
 			if r.failed++; r.failed <= r.backlog {
 				<-r.room
 			}
@@ -835,7 +840,8 @@ func jitter(first time.Duration, n int, limit time.Duration) time.Duration {
 
 // forget takes t out of memory. mu is held.
 func (r *Receiver) forget(t *task) {
-	if delete(r.tasks, t.env.EventID); r.reading != nil {
+	delete(r.tasks, t.env.EventID)
+	if r.reading != nil {
 		r.reading[t.env.EventID] = struct{}{}
 	}
 	if t.timer != nil {
@@ -894,7 +900,7 @@ func (r *Receiver) abandon(reason error) {
 	waiting := slices.DeleteFunc(r.drop(true), func(t *task) bool { return r.inbox != nil && !t.ended })
 	var cut []*task
 	for _, t := range r.tasks {
-		if t.state == running && !t.ended && t.result == nil {
+		if t.state == running && !t.ended && !t.told {
 			cut = append(cut, t)
 		}
 	}
@@ -966,8 +972,9 @@ func (r *Receiver) readInbox() {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	passed := slices.ContainsFunc(undecided, func(t *task) bool { return t.state == deciding })
-	r.behind = r.behind || !whole || passed || failing && (wasBehind || len(r.arrivals) > 0)
+	passedOver := slices.ContainsFunc(undecided, func(t *task) bool { return t.state == deciding })
+	caughtUp := whole && !passedOver && !(failing && (wasBehind || len(r.arrivals) > 0))
+	r.behind = r.behind || !caughtUp
 	for _, t := range r.arrivals {
 		if t.state != arrived { // it was read, too
 			continue
