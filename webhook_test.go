@@ -1783,6 +1783,15 @@ func TestStoreFails(t *testing.T) {
 		synctest.Wait()
 		expectList(t, "outcomes", r.outcomes("evt_1")[1:], StoreFailed, Handled)
 	})
+	inBubble(t, "with ErrClosed", func(t *testing.T) { // which ends only an Inbox
+		r := newRig(t, nil)
+		r.store.onClaim = func(context.Context, *Envelope) error { return ErrClosed }
+		for _, id := range []string{"evt_1", "evt_2"} {
+			r.deliver(t, id, "case_1")
+			synctest.Wait()
+			expectList(t, "outcomes", r.outcomes(id)[1:], StoreFailed, Handled)
+		}
+	})
 	inBubble(t, "closed", func(t *testing.T) {
 		r := newRig(t, nil, WithFailClosed())
 		r.store.onClaim = func(context.Context, *Envelope) error { return errTest }
@@ -2817,6 +2826,37 @@ func TestInboxLost(t *testing.T) {
 			}
 		})
 	}
+}
+
+// thriftyInbox yields the same Envelope each time, with another event in it.
+type thriftyInbox struct{ fakeInbox }
+
+func (in *thriftyInbox) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
+	return func(yield func(*Envelope, error) bool) {
+		var same Envelope
+		for env, err := range in.fakeInbox.Pending(ctx) {
+			if same = *env; !yield(&same, err) {
+				return
+			}
+		}
+	}
+}
+
+// TestThriftyInbox: an Envelope is the inbox's to use again when it has been yielded.
+func TestThriftyInbox(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := new(thriftyInbox)
+		for _, id := range []string{"evt_1", "evt_2", "evt_3"} {
+			in.put(id, "case_1")
+		}
+		r := newRig(t, nil, WithInbox(in))
+		synctest.Wait()
+		expectList(t, "called", r.called(), "evt_1", "evt_2", "evt_3")
+		expectList(t, "in the store", in.pending())
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // lockedInbox holds a lock while it yields, as one with a single connection to its database does.
@@ -4966,6 +5006,26 @@ func TestRow17OpenerOvertakes(t *testing.T) {
 	if !m.claim(winner, journalEvent("evt_new", 0, 0)) {
 		t.Error("the later opener does not have the journal")
 	}
+}
+
+// An opener that finds its files gone, since a later one has copied them, does not try again: it has lost.
+func TestRow17OvertakenWhileReading(t *testing.T) {
+	record := appendRecord(nil, "id", "evt_1", 1, journalEvent("evt_1", 0, 0).Raw)
+	medium := diskWith(filepath.Join("journal", "events-00000001.log"), record)
+	slow := medium.process()
+	var winner *Journal
+	slow.hook = func(op, path string) error {
+		if op == "open" && strings.HasSuffix(path, "events-00000001.log") {
+			slow.hook = nil
+			winner = openOn(t, medium.process(), 0)
+		}
+		return nil
+	}
+	if loser, err := openJournal(slow, "journal", 0); !errors.Is(err, ErrClosed) {
+		t.Errorf("the earlier opener got %v, %v, want ErrClosed", loser, err)
+	}
+	journalClaimed(t, winner, "evt_2")
+	expectList(t, "pending", journalPending(t, winner), "evt_1", "evt_2")
 }
 
 // Openers race for a directory, each claiming until it has lost it. What they were told is theirs is kept.
@@ -8420,5 +8480,14 @@ func TestOrderFollows(t *testing.T) {
 			t.Fatal(err)
 		}
 		expectEqual(t, "in order", len(j.order), 9-i)
+	}
+	journalClaimed(t, j, "evt_first") // it stays, and those behind it end
+	for range 5000 {
+		if err := j.Done(t.Context(), journalClaimed(t, j, "evt_second"), errTest); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(j.order) > 2000 {
+		t.Errorf("%d claims are in order, of which 2 are alive", len(j.order))
 	}
 }
