@@ -6986,6 +6986,11 @@ func TestRow07FailedRenewalsLeaveNothing(t *testing.T) {
 	if open := d.handles(); open > 20 || len(medium.names) > 20 {
 		t.Errorf("after 1000 refused claims %d files are open, %d on disk", open, len(medium.names))
 	}
+	for _, name := range diskNames(medium) {
+		if strings.Contains(name, ".tmp") { // it would take the space that is short
+			t.Error("on disk:", name)
+		}
+	}
 }
 
 // journalOrphan compacts while something fails. What is done before a clean end stays done, beyond the retention.
