@@ -544,6 +544,9 @@ func (j *Journal) settle(g *group, err error) {
 // than any, and go when newer ones have all that is alive. So whoever takes over after this look reads what was synced
 // before it. mu is held.
 func (j *Journal) owns() error {
+	if j.closed != nil {
+		return j.closed
+	}
 	gens, err := j.numbers(".log")
 	if err != nil {
 		return err
