@@ -434,6 +434,7 @@ func (j *Journal) end(c *claim) {
 	}
 	j.live -= int64(c.size)
 	for len(j.order) > 0 && j.order[0].ended {
+		j.order[0] = nil // for the garbage collector
 		j.order = j.order[1:]
 	}
 	if len(j.order) > 2*len(j.claims)+1000 {

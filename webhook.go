@@ -502,15 +502,15 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 		t.err = err
 		close(t.decided)
 	}()
-	ctx, cancel := r.storeContext(t.ctx)
-	defer cancel()
-	fresh, err = r.store.Claim(ctx, t.env)
 	if before != nil { // a replica that shares the inbox may have acknowledged it already
 		select {
 		case <-before.decided:
 		case <-time.After(storeTimeout): // that claim may be what makes this delivery, and wait for it
 		}
 	}
+	ctx, cancel := r.storeContext(t.ctx)
+	defer cancel()
+	fresh, err = r.store.Claim(ctx, t.env)
 	if err != nil {
 		err = r.storeFailed(t, "claim", err)
 		if r.inbox != nil {

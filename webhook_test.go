@@ -37,6 +37,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 )
 
 // rig is a receiver with all that it does recorded. A bubble that ends with a goroutine of it left fails the test.
@@ -2857,6 +2858,48 @@ func TestThriftyInbox(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// slowInbox takes a second to store evt_1.
+type slowInbox struct{ fakeInbox }
+
+func (in *slowInbox) Claim(ctx context.Context, env *Envelope) (fresh bool, err error) {
+	if env.EventID == "evt_1" {
+		time.Sleep(time.Second)
+	}
+	return in.fakeInbox.Claim(ctx, env)
+}
+
+// TestInboxOrderOfClaims: an event is not stored before an earlier one of its case, since the store is the queue when there
+// is no room.
+func TestInboxOrderOfClaims(t *testing.T) {
+	for _, backlog := range []int{1, 10} {
+		inBubble(t, fmt.Sprint("backlog ", backlog), func(t *testing.T) {
+			release := make(chan struct{})
+			r := newRig(t, func(_ context.Context, env *Envelope) error {
+				if env.EventID == "evt_0" {
+					<-release
+				}
+				return nil
+			}, WithInbox(new(slowInbox)), WithBacklog(backlog))
+			synctest.Wait()
+			r.deliver(t, "evt_0", "case_0")
+			first := r.deliverAsync("evt_1", "case_1")
+			synctest.Wait()
+			second := r.deliverAsync("evt_2", "case_1")
+			for _, d := range []delivery{<-first, <-second} {
+				if !d.fresh || d.err != nil {
+					t.Errorf("delivered: %v, %v", d.fresh, d.err)
+				}
+			}
+			close(release)
+			time.Sleep(time.Minute)
+			expectList(t, "called", r.called(), "evt_0", "evt_1", "evt_2")
+			if err := r.Shutdown(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // lockedInbox holds a lock while it yields, as one with a single connection to its database does.
@@ -8480,11 +8523,15 @@ func TestOrderFollows(t *testing.T) {
 	for i := range 10 {
 		journalClaimed(t, j, fmt.Sprint("evt_", i))
 	}
+	first := weak.Make(j.order[0])
 	for i := range 10 {
 		if err := j.Done(t.Context(), journalEvent(fmt.Sprint("evt_", i), 0, 0), nil); err != nil {
 			t.Fatal(err)
 		}
 		expectEqual(t, "in order", len(j.order), 9-i)
+	}
+	if runtime.GC(); first.Value() != nil {
+		t.Error("a claim that has ended stays in memory")
 	}
 	journalClaimed(t, j, "evt_first") // it stays, and those behind it end
 	for range 5000 {
