@@ -176,6 +176,12 @@ func (p *probe) another() offloadhook.Deduper {
 	return d
 }
 
+// sideBySide reports whether handles live beside each other.
+func (p *probe) sideBySide() bool {
+	_, inbox := p.first().(offloadhook.Inbox)
+	return p.store.Kill != nil || !inbox
+}
+
 func (p *probe) close(d offloadhook.Deduper) {
 	i := slices.Index(p.handles, d)
 	if c, ok := d.(io.Closer); ok && d != nil {
@@ -345,7 +351,7 @@ func (p *probe) claimed(d offloadhook.Deduper, n int) []*offloadhook.Envelope {
 // when it was given up.
 func oneWinner(p *probe) {
 	handles := []offloadhook.Deduper{p.first()}
-	if p.store.Kill != nil {
+	if p.sideBySide() {
 		handles = append(handles, p.open())
 	}
 	envs := make([]*offloadhook.Envelope, 50)
@@ -460,7 +466,7 @@ func doneNotHeld(p *probe) {
 	p.wantClaim(d, failed, true, "which was given up, and then done")
 	p.done(d, failed, nil)
 
-	if p.store.Kill != nil {
+	if p.sideBySide() && p.open() != d {
 		held := event("evt_held")
 		p.wantClaim(d, held, true, "the first")
 		other := p.another()
@@ -933,6 +939,11 @@ func takeOver(p *probe) {
 		list, d = list[1:], heir
 	}
 	p.wantPending(d, "after two takeovers", list...)
+	if late := event("evt_late"); p.store.Kill != nil {
+		if fresh, err := p.tryClaim(context.Background(), p.first(), late); fresh && err == nil {
+			p.await(d, "when one that was taken over from has claimed another", append(list, late)...)
+		}
+	}
 }
 
 // oneHeir: each event of a dead owner comes to one of the others, not to several.

@@ -22,6 +22,11 @@ var models = map[string]func(fault string) Store{
 		h := &handle{s: newStorage(fault)}
 		return Store{Open: func() (offloadhook.Deduper, error) { return h, nil }}
 	},
+	// A Deduper that several replicas share.
+	"replicated": func(fault string) Store {
+		s := newStorage(fault)
+		return Store{Open: func() (offloadhook.Deduper, error) { return &handle{s: s}, nil }}
+	},
 	// A Deduper whose claims end with their owner.
 	"leased": func(fault string) Store {
 		s := newStorage(fault)
@@ -204,6 +209,7 @@ func (h *handle) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bo
 		r.body = bytes.Clone(env.Raw)
 	}
 	r.owner = h
+	r.hidden = h.dead && s.has("claims of the dead are lost")
 	if cancelled {
 		switch {
 		case s.has("a cancelled claim is kept"):

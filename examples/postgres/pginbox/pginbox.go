@@ -21,9 +21,11 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"offloadhook"
@@ -36,7 +38,9 @@ const (
 	deathLooks   = 6                      // that find an owner's lock free, one after the other, for it to be dead
 	timeout      = 5 * time.Second        // for a statement
 	longTimeout  = time.Minute            // for one that may change many rows
-	pageSize     = 64                     // events read at once: a body may have a megabyte
+	pageSize     = 64                     // events read at once
+	pageBytes    = 1 << 20                // of their bodies, but for the last
+	lockTimeout  = "55P03"                // PostgreSQL's name for a lock that did not come in time
 )
 
 // The first halves of the keys of advisory locks, chosen so as not to meet those of other programs. An owner's lock has
@@ -93,7 +97,12 @@ func open(ctx context.Context, url string, retention, tidyEvery time.Duration) (
 		return nil, errors.New("pginbox: want a URL like postgres://user:password@host/db") // err may quote a password
 	}
 	// A claim has to see what those committed for whose lock it waited.
-	config.ConnConfig.RuntimeParams["default_transaction_isolation"] = "read committed"
+	params := config.ConnConfig.RuntimeParams
+	params["default_transaction_isolation"] = "read committed"
+	// A machine that vanishes does not close its connections: the server finds that out within 20 s.
+	params["tcp_keepalives_idle"] = "5"
+	params["tcp_keepalives_interval"] = "5"
+	params["tcp_keepalives_count"] = "3"
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("pginbox: %w", err)
@@ -131,8 +140,12 @@ func (in *Inbox) prepare(ctx context.Context) error {
 	case fsync == "off" || commit == "off":
 		return fmt.Errorf("fsync is %s, synchronous_commit %s: the database would lose what it acknowledged", fsync, commit)
 	}
-	// Replicas that start at once must not create the table at once.
-	_, err = in.pool.Exec(ctx, fmt.Sprintf("SELECT pg_advisory_xact_lock(%d, 1); %s", claimsLock, schema))
+	// To create what is there would wait for a VACUUM, and all claims for that. The sequence is created last.
+	var there bool
+	err = in.pool.QueryRow(ctx, `SELECT to_regclass(quote_ident(current_schema()) || '.offload_owners') IS NOT NULL`).Scan(&there)
+	if err == nil && !there { // replicas that start at once must not create the table at once
+		_, err = in.pool.Exec(ctx, fmt.Sprintf("SELECT pg_advisory_xact_lock(%d, 1); %s", claimsLock, schema))
+	}
 	if err != nil {
 		return err
 	}
@@ -159,16 +172,22 @@ func (in *Inbox) Forward(deliver deliverFunc) {
 // Ready returns nil when the Inbox can take events, an error when ctx ends before that.
 func (in *Inbox) Ready(ctx context.Context) error { return in.living(ctx) }
 
-// forwarded marks the context of what Forward delivers, with the event's id as its value: the callback has that context,
-// too, and may deliver other events with it.
+// forwarded marks the context of what Forward delivers, with a mark as its value.
 type forwarded struct{ in *Inbox }
+
+// mark is for the first claim of an event: its callback has that context, too, and so has who is told that it was given
+// up, and may deliver other events with it, or the same again.
+type mark struct {
+	id   string
+	used atomic.Bool
+}
 
 // Claim stores the event, and reports whether it is new and this owner's to handle now.
 func (in *Inbox) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bool, err error) {
 	if err := in.living(ctx); err != nil {
 		return false, err
 	}
-	if ctx.Value(forwarded{in}) == env.EventID {
+	if m, _ := ctx.Value(forwarded{in}).(*mark); m != nil && m.id == env.EventID && m.used.CompareAndSwap(false, true) {
 		err := in.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM offload_events WHERE event_id = $1 AND owner = $2)`,
 			env.EventID, in.owner).Scan(&fresh)
 		return fresh, err
@@ -257,7 +276,7 @@ func (in *Inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, e
 				}
 				last = e.seq
 			}
-			if len(page) < pageSize {
+			if len(page) == 0 {
 				return
 			}
 		}
@@ -278,10 +297,7 @@ func (in *Inbox) page(ctx context.Context, last, end int64) ([]event, error) {
 	in.mu.Lock()
 	all := in.deliver == nil
 	in.mu.Unlock()
-	rows, _ := in.pool.Query(ctx, `SELECT seq, event_id, case_id, handed, body FROM offload_events
-		WHERE owner = $1 AND seq > $2 AND seq <= $3 AND (handed OR $4) ORDER BY seq LIMIT $5`,
-		in.owner, last, end, all, pageSize)
-	page, err := pgx.CollectRows(rows, scanEvent)
+	page, err := in.read(ctx, `seq > $2 AND seq <= $3 AND (handed OR $4)`, last, end, all)
 	if err != nil {
 		return nil, err
 	}
@@ -294,9 +310,16 @@ func (in *Inbox) page(ctx context.Context, last, end int64) ([]event, error) {
 	return page, in.markHanded(ctx, fresh)
 }
 
-func scanEvent(row pgx.CollectableRow) (e event, err error) {
-	err = row.Scan(&e.seq, &e.id, &e.caseID, &e.handed, &e.body)
-	return e, err
+// read reads the first of this owner's events for which the condition is true: up to pageBytes, but at least one.
+func (in *Inbox) read(ctx context.Context, condition string, args ...any) ([]event, error) {
+	rows, _ := in.pool.Query(ctx, fmt.Sprintf(`SELECT seq, event_id, case_id, handed, body FROM (
+			SELECT *, sum(octet_length(body)) OVER (ORDER BY seq) - octet_length(body) AS before FROM (
+				SELECT * FROM offload_events WHERE owner = $1 AND %s ORDER BY seq LIMIT %d) AS e) AS e
+		WHERE before < %d ORDER BY seq`, condition, pageSize, pageBytes), append([]any{in.owner}, args...)...)
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {
+		err = row.Scan(&e.seq, &e.id, &e.caseID, &e.handed, &e.body)
+		return e, err
+	})
 }
 
 // revive gives what was given up, and has rested, to the owner of its case, or to this one. All of it has rested when
@@ -306,22 +329,36 @@ func (in *Inbox) revive(ctx context.Context) error {
 	first := !in.called
 	in.mu.Unlock()
 	const rested = `gave_up_at IS NOT NULL AND ($1 OR gave_up_at <= now() - interval '10 minutes')`
-	var some bool
-	err := in.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM offload_events WHERE `+rested+`)`, first).Scan(&some)
-	if err == nil && some {
-		var batch pgx.Batch
-		batch.Queue(`SELECT pg_advisory_xact_lock($1, 0)`, claimsLock)
+	for {
+		var some bool
+		err := in.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM offload_events WHERE `+rested+`)`, first).Scan(&some)
+		if err != nil {
+			return err
+		}
+		if !some {
+			in.mu.Lock()
+			in.called = true
+			in.mu.Unlock()
+			return nil
+		}
+		batch := claimsStop()
 		batch.Queue(`UPDATE offload_events AS e SET gave_up_at = NULL, handed = false, seq = DEFAULT, owner = coalesce((
 			SELECT max(o.owner) FROM offload_events AS o WHERE o.case_id = e.case_id AND o.owner IS NOT NULL), $2)
-			WHERE `+rested, first, in.owner)
-		err = in.pool.SendBatch(ctx, &batch).Close()
+			WHERE event_id IN (SELECT event_id FROM offload_events WHERE `+rested+` ORDER BY gave_up_at LIMIT 1000)`,
+			first, in.owner)
+		if err := in.pool.SendBatch(ctx, batch).Close(); err != nil {
+			return err
+		}
 	}
-	if err == nil {
-		in.mu.Lock()
-		in.called = true
-		in.mu.Unlock()
-	}
-	return err
+}
+
+// claimsStop begins a transaction during which no owner claims. It fails with lockTimeout where a claim does not end,
+// since all others wait meanwhile.
+func claimsStop() *pgx.Batch {
+	batch := new(pgx.Batch)
+	batch.Queue(`SELECT set_config('lock_timeout', '1s', true)`)
+	batch.Queue(`SELECT pg_advisory_xact_lock($1, 0)`, claimsLock)
+	return batch
 }
 
 // living waits until the lock is held: what this owner claimed without it would be taken for a dead one's.
@@ -366,14 +403,9 @@ func (in *Inbox) live(ctx context.Context) {
 // session connects, takes the lock, and looks after the table, until one of these fails. Nothing here waits for the
 // pool or the receiver: a session that breaks has to be followed by another before the owner is taken for dead.
 func (in *Inbox) session(ctx context.Context) error {
-	config := in.pool.Config().ConnConfig.Copy()
-	// A machine that vanishes does not close its connections: the server finds that out within 20 s.
-	config.RuntimeParams["tcp_keepalives_idle"] = "5"
-	config.RuntimeParams["tcp_keepalives_interval"] = "5"
-	config.RuntimeParams["tcp_keepalives_count"] = "3"
 	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	conn, err := pgx.ConnectConfig(within, config)
+	conn, err := pgx.ConnectConfig(within, in.pool.Config().ConnConfig)
 	if err != nil {
 		return err
 	}
@@ -446,7 +478,8 @@ func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) e
 		if free[owner]++; free[owner] < deathLooks {
 			continue
 		}
-		if err := in.takeOver(ctx, conn, owner); err != nil {
+		var failed *pgconn.PgError
+		if err := in.takeOver(ctx, conn, owner); err != nil && !(errors.As(err, &failed) && failed.Code == lockTimeout) {
 			return err
 		}
 	}
@@ -458,12 +491,11 @@ func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) e
 func (in *Inbox) takeOver(ctx context.Context, conn *pgx.Conn, dead int32) error {
 	ctx, cancel := context.WithTimeout(ctx, longTimeout)
 	defer cancel()
-	var batch pgx.Batch
-	batch.Queue(`SELECT pg_advisory_xact_lock($1, 0)`, claimsLock)
+	batch := claimsStop()
 	batch.Queue(`WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure)
 		UPDATE offload_events SET owner = $3, handed = false FROM dead WHERE owner = $2 AND sure`,
 		int32(in.table), dead, in.owner)
-	return conn.SendBatch(ctx, &batch).Close()
+	return conn.SendBatch(ctx, batch).Close()
 }
 
 // forward delivers what other replicas have received for this one, and what the dead had not finished.
@@ -479,34 +511,29 @@ func (in *Inbox) forward(ctx context.Context) {
 		in.mu.Lock()
 		deliver := in.deliver
 		in.mu.Unlock()
-		for more := deliver != nil; more; {
-			var err error
-			if more, err = in.hand(ctx, deliver); err != nil {
-				break // the next tick tries again
-			}
+		held := make(map[string]bool) // cases that have to wait
+		for last, more := int64(0), deliver != nil; more; {
+			last, more = in.hand(ctx, last, held, deliver)
 		}
 	}
 }
 
-// hand delivers a page of events, and reports whether there may be another.
-func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool, err error) {
+// hand delivers a page of what comes after number last, and returns the number of its last event; more is false when it
+// was empty, or failed, so that the next tick tries again.
+func (in *Inbox) hand(ctx context.Context, last int64, held map[string]bool, deliver deliverFunc) (_ int64, more bool) {
 	in.handing.Lock()
 	defer in.handing.Unlock()
 	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	rows, _ := in.pool.Query(within, `SELECT seq, event_id, case_id, handed, body FROM offload_events
-		WHERE owner = $1 AND NOT handed ORDER BY seq LIMIT $2`, in.owner, pageSize)
-	page, err := pgx.CollectRows(rows, scanEvent)
-	if err != nil {
-		return false, err
-	}
+	page, err := in.read(within, `seq > $2 AND NOT handed`, last)
 	var handed []string
-	held := make(map[string]bool) // cases that have to wait
 	for _, e := range page {
+		last = e.seq
 		if e.caseID != nil && held[*e.caseID] {
 			continue
 		}
-		fresh, err := deliver(context.WithValue(ctx, forwarded{in}, e.id), e.body)
+		var fresh bool
+		fresh, err = deliver(context.WithValue(ctx, forwarded{in}, &mark{id: e.id}), e.body)
 		if errors.Is(err, offloadhook.ErrClosed) {
 			in.Forward(nil) // the receiver shuts down
 		}
@@ -520,7 +547,7 @@ func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool, err 
 			held[*e.caseID] = true
 		}
 	}
-	return len(handed) == pageSize, in.markHanded(ctx, handed)
+	return last, in.markHanded(ctx, handed) == nil && err == nil && len(page) > 0
 }
 
 func (in *Inbox) markHanded(ctx context.Context, ids []string) error {

@@ -68,9 +68,16 @@ function step.leave()
 	call('ZADD', prefix .. 'owners', 'XX', 0, me)
 end
 
--- expired returns the owners whose leases, of so many milliseconds, are over, each with its time.
+-- expired returns the owners whose leases, of so many milliseconds, are over, each with its time. So are those that were
+-- renewed before the clock was set back.
 function step.expired(lease)
-	return call('ZRANGEBYSCORE', prefix .. 'owners', '-inf', now() - lease, 'WITHSCORES')
+	local owners, key = {}, prefix .. 'owners'
+	for _, range in ipairs({{'-inf', now() - lease}, {now() + lease, '+inf'}}) do
+		for _, each in ipairs(call('ZRANGEBYSCORE', key, range[1], range[2], 'WITHSCORES')) do
+			owners[#owners + 1] = each
+		end
+	end
+	return owners
 end
 
 -- inherit takes over at most so many events of a dead owner, oldest first, if it has not renewed its lease since the

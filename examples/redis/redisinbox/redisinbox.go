@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -174,14 +175,20 @@ func (in *Inbox) Ready(ctx context.Context) error {
 	return err
 }
 
-// forwarded marks the context of what Forward delivers, with the event's id as its value: the callback has that context,
-// too, and may deliver other events with it.
+// forwarded marks the context of what Forward delivers, with a mark as its value.
 type forwarded struct{ in *Inbox }
+
+// mark is for the first claim of an event: its callback has that context, too, and so has who is told that it was given
+// up, and may deliver other events with it, or the same again.
+type mark struct {
+	id   string
+	used atomic.Bool
+}
 
 // Claim stores the event, and reports whether it is new and this owner's to handle now.
 func (in *Inbox) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bool, err error) {
 	var answer any
-	if ctx.Value(forwarded{in}) == env.EventID {
+	if m, _ := ctx.Value(forwarded{in}).(*mark); m != nil && m.id == env.EventID && m.used.CompareAndSwap(false, true) {
 		answer, err = in.end(ctx, "holds", env.EventID)
 	} else {
 		answer, err = in.do(ctx, script, "claim", env.EventID, caseOf(env), env.Raw, rand.Text())
@@ -334,6 +341,10 @@ func (in *Inbox) end(ctx context.Context, step string, args ...any) (any, error)
 
 // renew renews the lease until ctx ends.
 func (in *Inbox) renew(ctx context.Context) {
+	options := *in.client.Options()
+	options.PoolSize = 1
+	alone := &Inbox{client: redis.NewClient(&options), owner: in.owner} // since claims may fill the pool of in
+	defer alone.client.Close()
 	tick := time.NewTicker(in.beat)
 	defer tick.Stop()
 	for {
@@ -343,7 +354,7 @@ func (in *Inbox) renew(ctx context.Context) {
 		case <-tick.C:
 		}
 		within, cancel := context.WithTimeout(ctx, renewEvery)
-		_, _ = in.end(within, "renew") // its error is that of the claims, too
+		_, _ = alone.end(within, "renew") // its error is that of the claims, too
 		cancel()
 	}
 }
@@ -428,7 +439,7 @@ func (in *Inbox) hand(ctx context.Context, last string, held map[string]bool, de
 		}
 		fresh := true
 		if len(e.body) > 0 { // else Pending will tell
-			fresh, err = deliver(context.WithValue(ctx, forwarded{in}, e.id), e.body)
+			fresh, err = deliver(context.WithValue(ctx, forwarded{in}, &mark{id: e.id}), e.body)
 		}
 		if errors.Is(err, offloadhook.ErrClosed) {
 			in.Forward(nil) // the receiver shuts down

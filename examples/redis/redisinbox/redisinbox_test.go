@@ -380,6 +380,42 @@ func TestLooks(t *testing.T) {
 	}
 }
 
+// TestClockSetBack: a lease that was renewed before the clock was set back does not last until that time comes again.
+func TestClockSetBack(t *testing.T) {
+	s := redistest.New(t)
+	in, other := newInbox(t, s, soon), newInbox(t, s, soon)
+	in.die() // so that nothing looks but this test
+	other.die()
+	mustClaim(t, other, "evt_1", "case")
+	s.Do(t, "ZADD", prefix+"owners", time.Now().Add(time.Hour).UnixMilli(), other.owner)
+	var seen map[lease]int
+	for range deathLooks {
+		seen = in.bury(t.Context(), seen)
+	}
+	if got := pendingIDs(t, in); !slices.Equal(got, []string{"evt_1"}) {
+		t.Errorf("after %d looks: %q", deathLooks, got)
+	}
+}
+
+// TestBusyPool: an owner whose connections are all in use renews its lease.
+func TestBusyPool(t *testing.T) {
+	s := redistest.New(t)
+	in := newInbox(t, s, soon)
+	for range in.client.Options().PoolSize {
+		conn := in.client.Conn()
+		defer conn.Close()
+		if err := conn.Ping(t.Context()).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	score := func() any { return s.Do(t, "ZSCORE", prefix+"owners", in.owner) }
+	for start, before := time.Now(), score(); score() == before; time.Sleep(soon) {
+		if time.Since(start) > patience {
+			t.Fatal("the lease is not renewed")
+		}
+	}
+}
+
 // TestOneHeir lets two owners inherit at once: the second gets nothing, even when the first is not done.
 func TestOneHeir(t *testing.T) {
 	s := redistest.New(t)
@@ -416,25 +452,36 @@ func TestForwardedContext(t *testing.T) {
 	if fresh, err := b.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
 		t.Errorf("evt_2, at another replica than evt_1: %t, %v", fresh, err)
 	}
+	claimed := make(chan error, 1)
+	claim := func(ctx context.Context, env *offloadhook.Envelope) error {
+		fresh, err := a.Claim(ctx, env)
+		if err == nil && !fresh {
+			err = fmt.Errorf("%s is not new", env.EventID)
+		}
+		return err
+	}
+	a.Forward(func(ctx context.Context, body []byte) (bool, error) {
+		env, err := offloadhook.ParseEnvelope(body)
+		if err == nil && env.EventID == "evt_2" {
+			err = errors.Join(claim(ctx, newEvent("evt_3", "another case")), claim(ctx, env),
+				a.Done(ctx, env, errors.New("given up")), claim(ctx, env))
+			claimed <- err
+		}
+		return err == nil, err
+	})
+	select {
+	case err := <-claimed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(patience):
+		t.Fatal("nothing is forwarded")
+	}
 	alike := []byte(`{"event_id":"evt_4","data":{"caseId":"case","CaseID":"another"}}`)
 	if env, err := offloadhook.ParseEnvelope(alike); err != nil {
 		t.Fatal(err)
 	} else if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
 		t.Errorf("evt_4, of the same case: %t, %v", fresh, err)
-	}
-	claimed := make(chan bool, 1)
-	a.Forward(func(ctx context.Context, _ []byte) (bool, error) {
-		fresh, err := a.Claim(ctx, newEvent("evt_3", "another case"))
-		claimed <- fresh
-		return fresh, err
-	})
-	select {
-	case fresh := <-claimed:
-		if !fresh {
-			t.Error("evt_3 is taken for the one that is forwarded")
-		}
-	case <-time.After(patience):
-		t.Fatal("nothing is forwarded")
 	}
 }
 
