@@ -271,7 +271,7 @@ func (j *Journal) Close() (err error) {
 	defer j.mu.Unlock()
 	j.refuse(j.closed)
 	for _, file := range j.files {
-		if file.bad != errNew { // else err tells why it has come to no use, unless that is the takeover
+		if file.bad != errNew { // which is no failure of its own: err tells what was
 			err = errors.Join(err, file.bad)
 		}
 		err = errors.Join(err, file.Sync(), file.Close())
@@ -639,6 +639,7 @@ func (j *Journal) load(gens []int) (err error) {
 // replay reads a file. The last word on an id counts. If the file ends within a record, that was never acknowledged.
 func (j *Journal) replay(file *logFile) error {
 	now := time.Now()
+	latest := now.Add(j.retention).UnixMilli()
 	in := bufio.NewReaderSize(io.NewSectionReader(file, 0, math.MaxInt64), 1<<16)
 	for {
 		line, err := in.ReadBytes('\n')
@@ -653,7 +654,7 @@ func (j *Journal) replay(file *logFile) error {
 			if rec.kind == "" {
 				j.reports = append(j.reports, j.damageAt(file, file.size))
 			}
-			at := time.UnixMilli(min(rec.at, now.Add(j.retention).UnixMilli())) // a clock may have been wrong, or be
+			at := time.UnixMilli(min(rec.at, latest)) // the clock may have been ahead then, or be behind now
 			fresh := now.Sub(at) < j.retention
 			for _, id := range rec.ids {
 				if c := j.claims[id]; c != nil {

@@ -205,8 +205,9 @@ func WithConcurrency(n int) Option {
 }
 
 // WithBacklog sets how many accepted events are held in memory, running ones included, at least 1; the default is 1024.
-// As many again may be held that have failed and will be tried again. When it is full, an Inbox keeps what comes; with a
-// plain Deduper as many deliveries wait for room, 5 s at most, and then get ErrBusy, a 503.
+// As many again may be held that have failed and will be tried again. When it is full, an Inbox keeps what comes, in the
+// order in which it was stored; with a plain Deduper as many deliveries wait for room, 5 s at most, and then get ErrBusy,
+// a 503.
 func WithBacklog(n int) Option {
 	return optionIf(n > 0, "WithBacklog wants at least 1", func(r *Receiver) { r.backlog = n })
 }
@@ -502,15 +503,15 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 		t.err = err
 		close(t.decided)
 	}()
+	ctx, cancel := r.storeContext(t.ctx)
+	defer cancel()
+	fresh, err = r.store.Claim(ctx, t.env)
 	if before != nil { // a replica that shares the inbox may have acknowledged it already
 		select {
 		case <-before.decided:
 		case <-time.After(storeTimeout): // that claim may be what makes this delivery, and wait for it
 		}
 	}
-	ctx, cancel := r.storeContext(t.ctx)
-	defer cancel()
-	fresh, err = r.store.Claim(ctx, t.env)
 	if err != nil {
 		err = r.storeFailed(t, "claim", err)
 		if r.inbox != nil {
@@ -808,7 +809,8 @@ func (r *Receiver) settle(t *task, over bool) {
 		}
 		t.state = queued
 		if t.timer == nil {
-			if r.failed++; r.failed <= r.backlog {
+			r.failed++
+			if r.failed <= r.backlog {
 				<-r.room
 			}
 		}

@@ -2860,48 +2860,6 @@ func TestThriftyInbox(t *testing.T) {
 	})
 }
 
-// slowInbox takes a second to store evt_1.
-type slowInbox struct{ fakeInbox }
-
-func (in *slowInbox) Claim(ctx context.Context, env *Envelope) (fresh bool, err error) {
-	if env.EventID == "evt_1" {
-		time.Sleep(time.Second)
-	}
-	return in.fakeInbox.Claim(ctx, env)
-}
-
-// TestInboxOrderOfClaims: an event is not stored before an earlier one of its case, since the store is the queue when there
-// is no room.
-func TestInboxOrderOfClaims(t *testing.T) {
-	for _, backlog := range []int{1, 10} {
-		inBubble(t, fmt.Sprint("backlog ", backlog), func(t *testing.T) {
-			release := make(chan struct{})
-			r := newRig(t, func(_ context.Context, env *Envelope) error {
-				if env.EventID == "evt_0" {
-					<-release
-				}
-				return nil
-			}, WithInbox(new(slowInbox)), WithBacklog(backlog))
-			synctest.Wait()
-			r.deliver(t, "evt_0", "case_0")
-			first := r.deliverAsync("evt_1", "case_1")
-			synctest.Wait()
-			second := r.deliverAsync("evt_2", "case_1")
-			for _, d := range []delivery{<-first, <-second} {
-				if !d.fresh || d.err != nil {
-					t.Errorf("delivered: %v, %v", d.fresh, d.err)
-				}
-			}
-			close(release)
-			time.Sleep(time.Minute)
-			expectList(t, "called", r.called(), "evt_0", "evt_1", "evt_2")
-			if err := r.Shutdown(t.Context()); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
 // lockedInbox holds a lock while it yields, as one with a single connection to its database does.
 type lockedInbox struct {
 	fakeInbox

@@ -94,7 +94,7 @@ func open(ctx context.Context, url string, retention, tidyEvery time.Duration) (
 	}
 	config, err := pgxpool.ParseConfig(url)
 	if err != nil {
-		return nil, errors.New("pginbox: want a URL like postgres://user:password@host/db") // err may quote a password
+		return nil, errors.New("pginbox: cannot use the URL; want one like postgres://user:password@host/db") // err may quote a password
 	}
 	// A claim has to see what those committed for whose lock it waited.
 	params := config.ConnConfig.RuntimeParams
@@ -140,7 +140,7 @@ func (in *Inbox) prepare(ctx context.Context) error {
 	case fsync == "off" || commit == "off":
 		return fmt.Errorf("fsync is %s, synchronous_commit %s: the database would lose what it acknowledged", fsync, commit)
 	}
-	// To create what is there would wait for a VACUUM, and all claims for that. The sequence is created last.
+	// To create what is there would wait for a VACUUM, and all claims for that.
 	var there bool
 	err = in.pool.QueryRow(ctx, `SELECT to_regclass(quote_ident(current_schema()) || '.offload_owners') IS NOT NULL`).Scan(&there)
 	if err == nil && !there { // replicas that start at once must not create the table at once
@@ -346,19 +346,26 @@ func (in *Inbox) revive(ctx context.Context) error {
 			SELECT max(o.owner) FROM offload_events AS o WHERE o.case_id = e.case_id AND o.owner IS NOT NULL), $2)
 			WHERE event_id IN (SELECT event_id FROM offload_events WHERE `+rested+` ORDER BY gave_up_at LIMIT 1000)`,
 			first, in.owner)
-		if err := in.pool.SendBatch(ctx, batch).Close(); err != nil {
+		if err := in.pool.SendBatch(ctx, batch).Close(); stuck(err) {
+			return nil // this owner's own events need not wait for that
+		} else if err != nil {
 			return err
 		}
 	}
 }
 
-// claimsStop begins a transaction during which no owner claims. It fails with lockTimeout where a claim does not end,
-// since all others wait meanwhile.
+// claimsStop begins a transaction during which no owner claims. Where a claim does not end it fails, since all others
+// wait meanwhile, and stuck is true of the error.
 func claimsStop() *pgx.Batch {
 	batch := new(pgx.Batch)
 	batch.Queue(`SELECT set_config('lock_timeout', '1s', true)`)
 	batch.Queue(`SELECT pg_advisory_xact_lock($1, 0)`, claimsLock)
 	return batch
+}
+
+func stuck(err error) bool {
+	var failed *pgconn.PgError
+	return errors.As(err, &failed) && failed.Code == lockTimeout
 }
 
 // living waits until the lock is held: what this owner claimed without it would be taken for a dead one's.
@@ -478,8 +485,7 @@ func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) e
 		if free[owner]++; free[owner] < deathLooks {
 			continue
 		}
-		var failed *pgconn.PgError
-		if err := in.takeOver(ctx, conn, owner); err != nil && !(errors.As(err, &failed) && failed.Code == lockTimeout) {
+		if err := in.takeOver(ctx, conn, owner); err != nil && !stuck(err) {
 			return err
 		}
 	}

@@ -451,6 +451,8 @@ func TestStuckClaim(t *testing.T) {
 	url := pgtest.EmptySchema(t)
 	in, dead := newInbox(t, url, soon), newInbox(t, url, never)
 	mustClaim(t, dead, "evt_dead", "case_dead")
+	mustClaim(t, dead, "evt_rested", "case_rested")
+	mustDone(t, dead, "evt_rested", errors.New("given up"))
 	var idle string
 	if err := in.pool.QueryRow(t.Context(), `SHOW tcp_keepalives_idle`).Scan(&idle); idle != "5" || err != nil {
 		t.Errorf("the pool's connections end %q s after their machine has vanished: %v", idle, err)
@@ -474,9 +476,13 @@ func TestStuckClaim(t *testing.T) {
 	before := session()
 	dead.die()
 	const waits = `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = $1 AND NOT granted`
+	waiting := func() (n int) {
+		_ = conn.QueryRow(t.Context(), waits, claimsLock).Scan(&n)
+		return n
+	}
 	for try := range 2 {
 		for _, want := range []bool{true, false} {
-			for start := time.Now(); (pgtest.Query[int](t, url, waits, claimsLock)[0] > 0) != want; {
+			for start := time.Now(); (waiting() > 0) != want; {
 				if time.Since(start) > patience {
 					t.Fatalf("takeover %d begins or ends: %t", try, want)
 				}
@@ -491,10 +497,13 @@ func TestStuckClaim(t *testing.T) {
 	if session() != before {
 		t.Error("the session has ended")
 	}
+	if got := pendingIDs(t, in); !slices.Equal(got, []string{"evt_0", "evt_1"}) {
+		t.Errorf("Pending beside a claim that is stuck: %q", got)
+	}
 	if _, err := conn.Exec(t.Context(), `COMMIT`); err != nil {
 		t.Fatal(err)
 	}
-	awaitPending(t, in, "evt_dead", "evt_0", "evt_1")
+	awaitPending(t, in, "evt_dead", "evt_0", "evt_1", "evt_rested")
 }
 
 // TestOneOwnerPerCaseRace brings new events, and some that were given up, to cases from all sides at once: no case has

@@ -342,7 +342,7 @@ func (in *Inbox) end(ctx context.Context, step string, args ...any) (any, error)
 // renew renews the lease until ctx ends.
 func (in *Inbox) renew(ctx context.Context) {
 	options := *in.client.Options()
-	options.PoolSize = 1
+	options.PoolSize, options.DialTimeout = 1, renewEvery               // no call is made beside a dial, so none may take long
 	alone := &Inbox{client: redis.NewClient(&options), owner: in.owner} // since claims may fill the pool of in
 	defer alone.client.Close()
 	tick := time.NewTicker(in.beat)
