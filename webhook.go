@@ -791,7 +791,8 @@ func (r *Receiver) record(t *task) (over bool) {
 }
 
 // settle ends t, or lets it rest until the next attempt (promise 4). While it rests it takes no part of the concurrency
-// and, up to a number, no room: it holds back the later events of its case and nothing else. mu is not held.
+// and, up to a number, no room: it holds back the later events of its case, and nothing else unless those fill the
+// backlog. mu is not held.
 func (r *Receiver) settle(t *task, over bool) {
 	r.mu.Lock()
 	dead := r.alive.Err() != nil
