@@ -517,24 +517,24 @@ func (in *Inbox) forward(ctx context.Context) {
 		in.mu.Lock()
 		deliver := in.deliver
 		in.mu.Unlock()
-		held := make(map[string]bool) // cases that have to wait
-		for last, more := int64(0), deliver != nil; more; {
-			last, more = in.hand(ctx, last, held, deliver)
+		for more := deliver != nil; more; {
+			more = in.hand(ctx, deliver)
 		}
 	}
 }
 
-// hand delivers a page of what comes after number last, and returns the number of its last event; more is false when it
-// was empty, or failed, so that the next tick tries again.
-func (in *Inbox) hand(ctx context.Context, last int64, held map[string]bool, deliver deliverFunc) (_ int64, more bool) {
+// hand delivers the oldest events that are to be forwarded, a page of them, and reports whether to go on: not when one of
+// them has to wait. It never reads on behind a page. An event there could be of a case of which an earlier one, with a
+// number within the page, has only just come: from a claim that was slow, or from a dead owner.
+func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool) {
 	in.handing.Lock()
 	defer in.handing.Unlock()
 	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	page, err := in.read(within, `seq > $2 AND NOT handed`, last)
+	page, err := in.read(within, `NOT handed`)
 	var handed []string
+	held := make(map[string]bool) // cases that have to wait
 	for _, e := range page {
-		last = e.seq
 		if e.caseID != nil && held[*e.caseID] {
 			continue
 		}
@@ -553,7 +553,7 @@ func (in *Inbox) hand(ctx context.Context, last int64, held map[string]bool, del
 			held[*e.caseID] = true
 		}
 	}
-	return last, in.markHanded(ctx, handed) == nil && err == nil && len(page) > 0
+	return in.markHanded(ctx, handed) == nil && len(handed) > 0 && len(handed) == len(page)
 }
 
 func (in *Inbox) markHanded(ctx context.Context, ids []string) error {

@@ -386,8 +386,7 @@ func TestForwardedContext(t *testing.T) {
 	}
 }
 
-// TestForwardPages reads no more than a page at once: bodies of a megabyte may come over a slow link. What the receiver
-// holds already does not keep it from the next page.
+// TestForwardPages reads no more than a page at once: bodies of a megabyte may come over a slow link.
 func TestForwardPages(t *testing.T) {
 	url := pgtest.EmptySchema(t)
 	a, b := newInbox(t, url, never), newInbox(t, url, never)
@@ -406,30 +405,68 @@ func TestForwardPages(t *testing.T) {
 	if page, err := a.read(t.Context(), "NOT handed"); len(page) != 2 || err != nil {
 		t.Errorf("%d events in a page, want 2: %v", len(page), err)
 	}
-	if got := pendingIDs(t, a); !slices.Equal(got, want) {
-		t.Errorf("Pending, without Forward: %q, want %q", got, want)
+	var delivered []string
+	all := make(chan struct{})
+	a.Forward(func(_ context.Context, body []byte) (bool, error) {
+		env, err := offloadhook.ParseEnvelope(body)
+		if err != nil {
+			return false, err
+		}
+		if delivered = append(delivered, env.EventID); len(delivered) == len(want)-1 {
+			close(all)
+		}
+		return true, nil
+	})
+	select {
+	case <-all:
+	case <-time.After(patience):
+		t.Fatal("not all is forwarded")
 	}
+	if !slices.Equal(delivered, want[1:]) {
+		t.Errorf("forwarded are %q, want %q", delivered, want[1:])
+	}
+	awaitPending(t, a, want...)
+}
 
-	for i := range pageSize + 1 {
+// TestForwardOrder takes over from a dead owner while events are forwarded: two of a case, with a page of others between
+// them, come in their order.
+func TestForwardOrder(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	a, b, dead := newInbox(t, url, never), newInbox(t, url, never), newInbox(t, url, never)
+	mustClaim(t, dead, "evt_first", "case")
+	for i := range pageSize {
 		caseID := fmt.Sprint("case_", i)
-		mustClaim(t, a, "evt_a"+caseID, caseID)
-		if fresh, err := b.Claim(t.Context(), newEvent("evt_b"+caseID, caseID)); fresh || err != nil {
+		mustClaim(t, a, fmt.Sprint("evt_a", i), caseID)
+		if fresh, err := b.Claim(t.Context(), newEvent(fmt.Sprint("evt_b", i), caseID)); fresh || err != nil {
 			t.Fatal(fresh, err)
 		}
 	}
-	last := make(chan struct{})
-	var once sync.Once
+	mustClaim(t, dead, "evt_second", "case")
+	ofCase := make(chan string, 2)
+	delivered := 0
 	a.Forward(func(_ context.Context, body []byte) (bool, error) {
 		env, err := offloadhook.ParseEnvelope(body)
-		if err == nil && env.EventID == fmt.Sprint("evt_bcase_", pageSize) {
-			once.Do(func() { close(last) })
+		if err != nil {
+			return false, err
 		}
-		return false, err
+		if delivered++; delivered == 1 {
+			pgtest.Query[int](t, url, `UPDATE offload_events SET owner = $1, handed = false WHERE owner = $2 RETURNING 0`,
+				a.owner, dead.owner)
+		}
+		if caseID := caseOf(env); caseID != nil && *caseID == "case" {
+			ofCase <- env.EventID
+		}
+		return true, nil
 	})
-	select {
-	case <-last:
-	case <-time.After(patience):
-		t.Error("events behind a page that the receiver holds are not forwarded")
+	for _, want := range []string{"evt_first", "evt_second"} {
+		select {
+		case got := <-ofCase:
+			if got != want {
+				t.Errorf("forwarded is %s, want %s", got, want)
+			}
+		case <-time.After(patience):
+			t.Fatal("not all is forwarded")
+		}
 	}
 }
 
