@@ -532,14 +532,16 @@ func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool) {
 	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	page, err := in.read(within, `NOT handed`)
+	if err != nil {
+		return false // the next tick tries again
+	}
 	var handed []string
 	held := make(map[string]bool) // cases that have to wait
 	for _, e := range page {
 		if e.caseID != nil && held[*e.caseID] {
 			continue
 		}
-		var fresh bool
-		fresh, err = deliver(context.WithValue(ctx, forwarded{in}, &mark{id: e.id}), e.body)
+		fresh, err := deliver(context.WithValue(ctx, forwarded{in}, &mark{id: e.id}), e.body)
 		if errors.Is(err, offloadhook.ErrClosed) {
 			in.Forward(nil) // the receiver shuts down
 		}
