@@ -124,6 +124,8 @@ type (
 	skip    string   // when it does not apply
 )
 
+const oneHandle = skip("the storage has one handle only")
+
 // guard calls f, which may stop early.
 func (p *probe) guard(f func()) (skipped string) {
 	defer func() {
@@ -159,7 +161,7 @@ func (p *probe) open() offloadhook.Deduper {
 		p.fatalf("Open: %v", err)
 	}
 	if slices.Contains(p.closed, d) {
-		panic(skip("the storage has one handle only"))
+		panic(oneHandle)
 	}
 	if !slices.Contains(p.handles, d) {
 		p.handles = append(p.handles, d)
@@ -171,7 +173,7 @@ func (p *probe) open() offloadhook.Deduper {
 func (p *probe) another() offloadhook.Deduper {
 	d := p.open()
 	if d == p.first() {
-		panic(skip("the storage has one handle only"))
+		panic(oneHandle)
 	}
 	return d
 }

@@ -319,71 +319,42 @@ func TestOneOwnerPerCase(t *testing.T) {
 	if got := pendingIDs(t, b); len(got) > 0 {
 		t.Errorf("the other replica has %q", got)
 	}
-	var delivered []string
-	all := make(chan struct{})
-	a.Forward(func(ctx context.Context, body []byte) (bool, error) {
-		env, err := offloadhook.ParseEnvelope(body)
-		if err != nil {
-			return false, err
-		}
-		if delivered = append(delivered, env.EventID); len(delivered) == 3 {
-			close(all)
-		}
-		return a.Claim(ctx, env)
-	})
-	select {
-	case <-all:
-	case <-time.After(patience):
-		t.Fatal("nothing is forwarded")
-	}
-	if want := []string{"evt_2", "evt_3", "evt_4"}; !slices.Equal(delivered, want) {
-		t.Errorf("forwarded are %q, want %q", delivered, want)
-	}
+	forwardAll(t, a, "evt_2", "evt_3", "evt_4")
 	for _, id := range []string{"evt_1", "evt_2", "evt_3", "evt_4"} {
 		mustDone(t, a, id, nil)
 	}
 	mustClaim(t, b, "evt_5", "case")
 }
 
+// forwardAll lets in forward the events of ids, and checks that it does so in that order.
+func forwardAll(t *testing.T, in *Inbox, ids ...string) {
+	t.Helper()
+	var delivered []string
+	all := make(chan struct{})
+	in.Forward(func(ctx context.Context, body []byte) (bool, error) {
+		env, err := offloadhook.ParseEnvelope(body)
+		if err != nil {
+			return false, err
+		}
+		if delivered = append(delivered, env.EventID); len(delivered) == len(ids) {
+			close(all)
+		}
+		return in.Claim(ctx, env)
+	})
+	select {
+	case <-all:
+	case <-time.After(patience):
+		t.Fatal("not all is forwarded")
+	}
+	if !slices.Equal(delivered, ids) {
+		t.Errorf("forwarded are %q, want %q", delivered, ids)
+	}
+}
+
 // TestForwardedContext delivers an event with the context of one that was forwarded, as a callback may do: it is stored.
 func TestForwardedContext(t *testing.T) {
 	url := pgtest.EmptySchema(t)
-	a, b := newInbox(t, url, never), newInbox(t, url, never)
-	mustClaim(t, a, "evt_1", "case")
-	if fresh, err := b.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
-		t.Errorf("evt_2, at another replica than evt_1: %t, %v", fresh, err)
-	}
-	claimed := make(chan error, 1)
-	claim := func(ctx context.Context, env *offloadhook.Envelope) error {
-		fresh, err := a.Claim(ctx, env)
-		if err == nil && !fresh {
-			err = fmt.Errorf("%s is not new", env.EventID)
-		}
-		return err
-	}
-	a.Forward(func(ctx context.Context, body []byte) (bool, error) {
-		env, err := offloadhook.ParseEnvelope(body)
-		if err == nil && env.EventID == "evt_2" {
-			err = errors.Join(claim(ctx, newEvent("evt_3", "another case")), claim(ctx, env),
-				a.Done(ctx, env, errors.New("given up")), claim(ctx, env))
-			claimed <- err
-		}
-		return err == nil, err
-	})
-	select {
-	case err := <-claimed:
-		if err != nil {
-			t.Error(err)
-		}
-	case <-time.After(patience):
-		t.Fatal("nothing is forwarded")
-	}
-	alike := []byte(`{"event_id":"evt_4","data":{"caseId":"case","CaseID":"another"}}`)
-	if env, err := offloadhook.ParseEnvelope(alike); err != nil {
-		t.Fatal(err)
-	} else if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
-		t.Errorf("evt_4, of the same case: %t, %v", fresh, err)
-	}
+	dedupetest.Forwarded(t, newInbox(t, url, never), newInbox(t, url, never))
 }
 
 // TestForwardPages reads no more than a page at once: bodies of a megabyte may come over a slow link.
@@ -405,26 +376,7 @@ func TestForwardPages(t *testing.T) {
 	if page, err := a.read(t.Context(), "NOT handed"); len(page) != 2 || err != nil {
 		t.Errorf("%d events in a page, want 2: %v", len(page), err)
 	}
-	var delivered []string
-	all := make(chan struct{})
-	a.Forward(func(_ context.Context, body []byte) (bool, error) {
-		env, err := offloadhook.ParseEnvelope(body)
-		if err != nil {
-			return false, err
-		}
-		if delivered = append(delivered, env.EventID); len(delivered) == len(want)-1 {
-			close(all)
-		}
-		return true, nil
-	})
-	select {
-	case <-all:
-	case <-time.After(patience):
-		t.Fatal("not all is forwarded")
-	}
-	if !slices.Equal(delivered, want[1:]) {
-		t.Errorf("forwarded are %q, want %q", delivered, want[1:])
-	}
+	forwardAll(t, a, want[1:]...)
 	awaitPending(t, a, want...)
 }
 

@@ -447,42 +447,7 @@ func TestOneHeir(t *testing.T) {
 // TestForwardedContext delivers an event with the context of one that was forwarded, as a callback may do: it is stored.
 func TestForwardedContext(t *testing.T) {
 	s := redistest.New(t)
-	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
-	mustClaim(t, a, "evt_1", "case")
-	if fresh, err := b.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
-		t.Errorf("evt_2, at another replica than evt_1: %t, %v", fresh, err)
-	}
-	claimed := make(chan error, 1)
-	claim := func(ctx context.Context, env *offloadhook.Envelope) error {
-		fresh, err := a.Claim(ctx, env)
-		if err == nil && !fresh {
-			err = fmt.Errorf("%s is not new", env.EventID)
-		}
-		return err
-	}
-	a.Forward(func(ctx context.Context, body []byte) (bool, error) {
-		env, err := offloadhook.ParseEnvelope(body)
-		if err == nil && env.EventID == "evt_2" {
-			err = errors.Join(claim(ctx, newEvent("evt_3", "another case")), claim(ctx, env),
-				a.Done(ctx, env, errors.New("given up")), claim(ctx, env))
-			claimed <- err
-		}
-		return err == nil, err
-	})
-	select {
-	case err := <-claimed:
-		if err != nil {
-			t.Error(err)
-		}
-	case <-time.After(patience):
-		t.Fatal("nothing is forwarded")
-	}
-	alike := []byte(`{"event_id":"evt_4","data":{"caseId":"case","CaseID":"another"}}`)
-	if env, err := offloadhook.ParseEnvelope(alike); err != nil {
-		t.Fatal(err)
-	} else if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
-		t.Errorf("evt_4, of the same case: %t, %v", fresh, err)
-	}
+	dedupetest.Forwarded(t, newInbox(t, s, soon), newInbox(t, s, soon))
 }
 
 // TestHeld forwards an event while another delivery of it is on its way: those after it in its case wait.
