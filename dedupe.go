@@ -30,34 +30,34 @@ import (
 )
 
 // Deduper remembers which events have been taken. Its methods are called concurrently, by one receiver or by many that
-// share it, with a context that ends after 5 s and not when the sender hangs up.
+// share it, with a context that ends after 5 s, but not when the sender hangs up.
 type Deduper interface {
 	// Claim atomically records env.EventID and reports whether it is new. It is called before the 2xx.
 	Claim(ctx context.Context, env *Envelope) (fresh bool, err error)
 	// Done ends a claim. err nil: handled, remember the id. err non-nil: given up, the id may be claimed again.
-	// On a claim that is not held (never granted, or taken over) it changes nothing and returns nil.
+	// On a claim that is not held (never granted, ended, or taken over) it changes nothing and returns nil.
 	Done(ctx context.Context, env *Envelope, err error) error
 }
 
-// Inbox is a Deduper that keeps what it claims, until it is done: with one, a 2xx is a promise (promise 1). The event is
-// stored, env.Raw unchanged, when Claim returns; Pending yields what ParseEnvelope makes of it. One that several receivers
-// share may answer false for a new event that it gives to another of them.
+// Inbox is a Deduper that keeps each event it claims until it is done: with one, a 2xx is a promise (promise 1). The
+// event is stored, env.Raw unchanged, when Claim returns; Pending yields what ParseEnvelope makes of it. One that
+// several receivers share may answer false for a new event that it gives to another of them.
 type Inbox interface {
 	Deduper
 	// Pending yields, oldest first, a snapshot of what was claimed before the call, is not done, and is this receiver's
 	// to handle: its own events and those of dead receivers. What was given up is left out until it has rested for ten
-	// minutes or an instance starts (its first call). It may be left early. It is called every 10 s while the receiver
-	// lives, so a shared store may renew its lease there. An error that wraps ErrClosed says that the store is another's
-	// now. After any other error it may go on with further events.
+	// minutes or an instance starts (its first call). A caller may stop early. It is called every 10 s while the receiver
+	// lives, so a shared store may renew its lease there. An error that wraps ErrClosed says that another has taken the
+	// store over. After any other error it may go on with further events.
 	Pending(ctx context.Context) iter.Seq2[*Envelope, error]
 }
 
-// Memory is the Deduper that a Handler has by default: it remembers ids within the process, about 60 bytes for each, and
-// forgets them with it. The zero value is ready to use. Set the fields before the first call. Its methods are safe for
-// concurrent use and return no errors.
+// Memory is the Deduper that a Handler has by default: it remembers ids in the process, at about 60 bytes each, and
+// forgets them when it ends. The zero value is ready to use. Set the fields before the first call. Its methods are
+// safe for concurrent use and return no errors.
 type Memory struct {
-	TTL   time.Duration // how long a handled id is remembered, to the next full second; 0 means 24 hours
-	Limit int           // ids remembered at most, the oldest handled ones go first; 0 means 1,000,000
+	TTL   time.Duration // how long a handled id is remembered, rounded up to a full second; 0 means 24 hours
+	Limit int           // ids remembered at most; the oldest handled ones go first; 0 means 1,000,000
 
 	mu      sync.Mutex // protects what follows
 	claimed map[digest]struct{}
@@ -66,7 +66,7 @@ type Memory struct {
 
 var _ Deduper = (*Memory)(nil)
 
-// Claim reports whether the id is neither being handled nor remembered as handled.
+// Claim claims the id unless it is being handled or remembered as handled.
 func (m *Memory) Claim(_ context.Context, env *Envelope) (fresh bool, err error) {
 	d := digestOf(env.EventID)
 	m.mu.Lock()
@@ -163,15 +163,15 @@ func (s *idSet) drop() {
 	s.queue = s.queue[1:]
 }
 
-// Journal is the Inbox for one Receiver with a local disk: append-only text files in a directory of its own, a record a
-// line: a checksum (CRC-32C in hex), a space, and JSON. {"id":…,"at":…,"event":…} is a claim with the body as it was
-// received, or "base64" where that has line breaks or white space around it; {"done":…,"at":…} is its end; times are Unix
-// milliseconds. Of finished events, compaction keeps {"sha256":…,"at":…}: the first halves of the hashes of their ids,
-// and the time of the last.
+// Journal is the Inbox for one Receiver with a local disk: append-only text files in a directory of its own, one
+// record per line: a checksum (CRC-32C in hex), a space, and JSON. {"id":…,"at":…,"event":…} is a claim with the body
+// as it was received, or "base64" where that has line breaks or white space around it; {"done":…,"at":…} is its end;
+// times are Unix milliseconds. Of finished events, compaction keeps {"sha256":…,"at":…}: the first halves of the
+// hashes of their ids, and the time of the last.
 //
-// OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. Claims go
-// on during a compaction, but for two fsyncs of the directory. One Journal at a time uses a directory: a later one takes
-// over, and the earlier one refuses from then on.
+// OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. Claims
+// go on during a compaction, except during two fsyncs of the directory. Only one Journal at a time uses a directory: a
+// later one takes over, and the earlier one refuses from then on.
 type Journal struct {
 	disk      disk
 	dir       string
@@ -214,7 +214,7 @@ type claim struct {
 	off    int64 // of its line
 	size   int
 	group  *group    // until it is durable
-	before *claim    // until then, of the same id, which was given up
+	before *claim    // until then, the one of the same id that was given up
 	gaveUp time.Time // zero unless it was
 	ended  bool
 }
@@ -226,12 +226,12 @@ type group struct {
 	err    error
 }
 
-// errNew marks a file that is not in use yet: it is empty, its name may not be durable.
+// errNew marks a file that is not in use yet: it is empty, and its name may not be durable.
 var errNew = errors.New("offloadhook: journal: the file is new")
 
-// OpenJournal opens the journal in dir, which it makes if need be, and takes over from the Journal that uses it. The
-// directory is made 0700 and its files 0600, for payloads are your customers' data. Unfinished events are kept, and the
-// ids of those that are done for at least retention; 0 means 30 days. An error names the file and the step that failed.
+// OpenJournal opens the journal in dir, which it creates if necessary, and takes over from a Journal that uses it. The
+// directory gets mode 0700 and its files 0600: payloads are your customers' data. Events are kept until they are done,
+// and then their ids for at least retention; 0 means 30 days. An error names the file and the step that failed.
 func OpenJournal(dir string, retention time.Duration) (*Journal, error) {
 	return openJournal(osDisk{}, dir, retention)
 }
@@ -304,7 +304,7 @@ func (j *Journal) lock() (err error) {
 	return err
 }
 
-// Claim returns when the event is durable: written and synced, together with the claims that came meanwhile. It keeps
+// Claim returns when the event is durable: written and synced, together with the claims that came meanwhile. It stores
 // env.Raw, which must be an event with that id.
 func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err error) {
 	if err := ctx.Err(); err != nil {
@@ -345,7 +345,7 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	return fresh && g.err == nil, named(g.err)
 }
 
-// Done records the end of an event at once. It does not wait until that is durable.
+// Done writes the end of an event at once, and does not wait until that is durable.
 func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 	if err := j.lock(); err != nil {
 		return named(err)
@@ -443,7 +443,7 @@ func (j *Journal) end(c *claim) {
 }
 
 // read reads the line of c, which is durable, and its event. If it is damaged, or holds none, c is lost: it ends, and the
-// error tells. mu is held.
+// error says so. mu is held.
 func (j *Journal) read(c *claim) (line []byte, env *Envelope, err error) {
 	line = make([]byte, c.size)
 	if _, err := c.file.ReadAt(line, c.off); err != nil && err != io.EOF {
@@ -583,7 +583,7 @@ func (j *Journal) numbers(suffix string) (gens []int, err error) {
 	return gens, err
 }
 
-// create adds a file to write to, under an even number: the one before it is that of the copy which it gets. mu is held.
+// create adds a file to write to, under an even number: the number before it is for the copy to come. mu is held.
 func (j *Journal) create(newest int) error {
 	gen := newest + 2 + newest%2
 	file, err := j.disk.open(j.path(gen), os.O_RDWR|os.O_CREATE|os.O_EXCL)
@@ -593,13 +593,13 @@ func (j *Journal) create(newest int) error {
 	return err
 }
 
-// open takes over what is in dir, with a file of its own. Of what it reads some may not be durable, so all of it is
+// open takes over what is in dir, with a file of its own. Some of what it reads may not be durable, so all of it is
 // copied.
 func (j *Journal) open() error {
 	err := j.disk.mkdir(j.dir)
 	gens, listErr := j.numbers(".log")
 	if err = cmp.Or(err, listErr); err == nil {
-		newest := rand.IntN(5e7) // so that a directory made anew has not the numbers that whoever had it still uses
+		newest := rand.IntN(5e7) // so that a directory made anew does not reuse numbers that a former owner still uses
 		if len(gens) > 0 {
 			newest = gens[len(gens)-1]
 		}
@@ -739,7 +739,7 @@ func (j *Journal) renew() (err error) {
 		dst.diskFile, err = j.disk.open(path, os.O_RDWR)
 	}
 	if live.bad == errNew && (err == nil || j.disk.remove(path) != nil) {
-		live.bad = err // lest another copy goes over this one
+		live.bad = err // lest another copy overwrite this one
 	}
 	if err != nil {
 		return err
@@ -768,7 +768,7 @@ func (j *Journal) clear(old []*logFile, gen int, damaged []int) {
 		}
 	}
 	gens, err := j.numbers(".log")
-	for _, n := range gens { // the oldest first, lest the end of an event goes before its claim
+	for _, n := range gens { // the oldest first, lest an event's end go before its claim
 		switch {
 		case n >= gen || err != nil && !errors.Is(err, fs.ErrNotExist):
 			return

@@ -16,9 +16,9 @@ import (
 	"unicode/utf8"
 )
 
-// Fixtures holds testdata/*.json: for each event type an example of both published contracts, a and b, as Offload
-// would send it. Fixtures.ReadFile("testdata/case_completed_b.json") reads one, from a vendored copy too.
-// A program that does not use Fixtures does not carry it.
+// Fixtures holds testdata/*.json: for each event type an example from each of the two published contracts, a and the
+// newer b, as Offload would send it. Fixtures.ReadFile("testdata/case_completed_b.json") reads one, in a vendored copy
+// too. A program that does not use Fixtures does not contain it.
 //
 //go:embed testdata/*.json
 var Fixtures embed.FS
@@ -55,7 +55,7 @@ type Envelope struct {
 }
 
 // EventID returns the id that Offload gives to the event of type t for the update of a case at updatedAt:
-// evt_<caseId>_<type with . as _>_<ms>. A poller that reads a case can so tell which event it would have received.
+// evt_<caseId>_<type with . as _>_<ms>. So a poller that reads a case can tell which event it would have received.
 func EventID(caseID string, t EventType, updatedAt Millis) string {
 	return "evt_" + caseID + "_" + strings.ReplaceAll(string(t), ".", "_") + "_" + strconv.FormatInt(int64(updatedAt), 10)
 }
@@ -111,7 +111,7 @@ type Attachment struct {
 // CaseCompleted is the data of a case.completed event.
 type CaseCompleted struct {
 	Case
-	Result json.RawMessage `json:"result,omitzero"` // any JSON, of the resultSchema given at creation; nil when absent
+	Result json.RawMessage `json:"result,omitzero"` // any JSON, as in the resultSchema given at creation; nil when absent
 }
 
 // CaseFailed is the data of a case.failed event.
@@ -130,9 +130,9 @@ type CaseInputNeeded struct {
 	InputRequestedAt   Millis `json:"inputRequestedAt"`
 }
 
-// ParseEnvelope reads the envelope of one event, without copying body. It refuses only what cannot be an event, with an
-// error that wraps ErrMalformed and never quotes the body: text that is not exactly one JSON object (nested 10,000 deep
-// at most), and an event_id that is missing, doubled or unusable. Everything else may drift without costing an event
+// ParseEnvelope reads the envelope of one event, without copying body. It refuses only what cannot be an event: text
+// that is not exactly one JSON object (nested 10,000 deep at most), and an event_id that is missing, doubled or
+// unusable. The error wraps ErrMalformed and never quotes the body. Everything else may drift without costing an event
 // (promise 6).
 func ParseEnvelope(body []byte) (*Envelope, error) {
 	env := &Envelope{Raw: slices.Clip(body)}
@@ -186,7 +186,7 @@ func decode[T any](env *Envelope) (*T, error) {
 }
 
 // fill decodes value into v as encoding/json does, which would check again what has been scanned, and take most of the
-// time of a delivery. Other than there names match exactly, raw values share the memory of the body, a doubled array
+// time of a delivery. Unlike there, names match exactly, raw values share the memory of the body, a doubled array
 // replaces the first, and the first error, which is about field, ends it.
 func fill(v reflect.Value, value []byte) (field string, err error) {
 	switch first := at(value, 0); {
@@ -266,7 +266,7 @@ func halfPair(value []byte, id string) bool {
 	return n != bytes.Count(spelled, []byte(`\ufffd`))+bytes.Count(spelled, []byte("\uFFFD"))
 }
 
-// text returns what a JSON string spells, "" if value is none.
+// text returns what a JSON string spells, "" if value is not one.
 func text(value []byte) string {
 	if len(value) < 2 || value[0] != '"' {
 		return ""
@@ -282,7 +282,7 @@ func text(value []byte) string {
 // nesting is how deep a body may be nested: as deep as for encoding/json.
 const nesting = 10_000
 
-// scan returns the index behind the JSON value that starts at b[i], or -1 if none does or it is nested deeper than that.
+// scan returns the index after the JSON value that starts at b[i], or -1 if none does or it is nested deeper than that.
 // member is called with each member of an object, or with each element of an array and no name, as they are met.
 func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 	var room [64]byte
@@ -352,7 +352,7 @@ func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 	}
 }
 
-// scanString returns the index behind the JSON string that starts at b[i], or -1 if none does.
+// scanString returns the index after the JSON string that starts at b[i], or -1 if none does.
 func scanString(b []byte, i int) int {
 	if at(b, i) != '"' {
 		return -1
@@ -383,7 +383,7 @@ func skipSpace(b []byte, i int) int {
 	return i
 }
 
-// at returns b[i], and behind the end 0, which is no part of any JSON.
+// at returns b[i], and past the end 0, which is no part of any JSON.
 func at(b []byte, i int) byte {
 	if i < len(b) {
 		return b[i]

@@ -8,19 +8,19 @@
 //		},
 //	}, offloadhook.WithInbox(journal)))
 //
-// Offload sends each event once, unsigned, and drops what does not get a 2xx. So these are promised:
+// Offload sends each event once, unsigned, and drops it unless it gets a 2xx. So this package promises:
 //
 //  1. A 2xx means ours. With a [Journal], or another [Inbox], an event that got a 2xx reaches its callback at least
 //     once, whatever happens to the process.
 //  2. The sender never waits for your code. The 2xx goes out before the callback finishes.
 //  3. One id, one handling. Once a callback has returned nil and that is recorded, it is not called for the same
-//     event_id again. Only a crash, losing the store, or a stall longer than a shared store's lease, between the two,
-//     can run it a second time: make callbacks idempotent.
+//     event_id again. Only a crash, the loss of the store, or a stall longer than a shared store's lease, between
+//     return and record, can make it run again: make callbacks idempotent.
 //  4. A failed callback is tried again here, since Offload will not send again.
 //  5. One case, in order. Within a receiver, events of one caseId run one at a time, in the order in which they were
-//     accepted; different cases run side by side. An event that was given up has lost its place.
+//     accepted; different cases run side by side. An event that is given up loses its place.
 //  6. Nothing is dropped in silence, and nothing real is refused for its form. What is refused, given up, left over or
-//     not understood reaches [WithObserver], with the bytes as far as they were read.
+//     not understood reaches the function of [WithObserver], with as many of its bytes as were read.
 //
 // Without an Inbox a crash loses the events that are in memory. Nothing is signed: use [WithToken] and HTTPS.
 package offloadhook
@@ -48,7 +48,7 @@ import (
 
 // Handler returns a receiver that hands events to cb. It panics on an invalid option. The options are [WithDeduper],
 // [WithInbox], [WithToken], [WithConcurrency], [WithBacklog], [WithRetry], [WithMaxBodyBytes], [WithFailClosed] and
-// [WithObserver]. Call Shutdown when the HTTP server has stopped.
+// [WithObserver]. Call Shutdown after the HTTP server has stopped.
 func Handler(cb Callbacks, opts ...Option) *Receiver {
 	r := &Receiver{
 		cb: cb, store: new(Memory), concurrency: 32, backlog: 1024, attempts: 8, backoff: time.Second, maxBody: 1 << 20,
@@ -70,19 +70,19 @@ func Handler(cb Callbacks, opts ...Option) *Receiver {
 }
 
 // Callbacks are the user's functions. Every field may be nil. They run concurrently, for different cases. The context
-// keeps the values of the request, not its cancellation; an event that was read back from an Inbox has no request, so its
-// context has no values. It ends when that of Shutdown does, or when the Inbox is another's now. An error or a panic
-// means: try again. env and the payload are read-only.
+// keeps the values of the request, not its cancellation; an event that was read back from an Inbox has no request, so
+// its context has no values. The context ends when that of Shutdown does, or when another takes over the Inbox. An
+// error or a panic means: try again; for what can never succeed, return nil. env and the payload are read-only.
 type Callbacks struct {
 	CaseCompleted   func(ctx context.Context, env *Envelope, c *CaseCompleted) error
 	CaseFailed      func(ctx context.Context, env *Envelope, c *CaseFailed) error
 	CaseInputNeeded func(ctx context.Context, env *Envelope, c *CaseInputNeeded) error
 	// Other gets what no field above took: an unknown type, a nil field, or data that does not fit its struct. If it is nil,
-	// the last is given up at once, so that an Inbox keeps it for a newer version of this library; the others are done.
+	// such data is given up at once, so that an Inbox keeps it for a newer version of this library; the others are done.
 	Other func(ctx context.Context, env *Envelope) error
 }
 
-// Receiver is the http.Handler. It is safe for concurrent use. Handler makes it; the zero value is of no use.
+// Receiver is the http.Handler. It is safe for concurrent use. Handler makes it; the zero value is not usable.
 type Receiver struct {
 	cb          Callbacks
 	store       Deduper
@@ -102,7 +102,7 @@ type Receiver struct {
 	drained context.Context // ends when nothing is accepted any more, and neither a task nor a reading is left
 	drain   context.CancelFunc
 	room    places // of events in memory, or about to be: backlog
-	lobby   places // of those who wait for room: as many
+	lobby   places // of those that wait for room: as many
 
 	mu         sync.Mutex // protects what follows, and every task
 	closed     bool
@@ -135,17 +135,17 @@ func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	}
 }
 
-// Deliver takes an event without HTTP: from a poller, a queue, a replay. It keeps a copy of body, and knows no limit of
+// Deliver takes an event without HTTP: from a poller, a queue, a replay. It keeps a copy of body, and sets no limit on
 // its size. A nil error means what a 2xx means; fresh is false for a duplicate. The errors wrap ErrMalformed, ErrBusy,
-// ErrClosed, or what the store returned. ctx lends its values; its end does not stop the delivery.
+// ErrClosed, or what the store returned. Only the values of ctx are used: its end does not stop the delivery.
 func (r *Receiver) Deliver(ctx context.Context, body []byte) (fresh bool, err error) {
 	return r.deliver(ctx, time.Now(), bytes.Clone(body), nil)
 }
 
-// Shutdown refuses new events and waits for those in hand: all that were accepted, or with an Inbox the running ones,
-// since it keeps the others. When ctx ends it cancels the callbacks, reports what is left as Unfinished, and returns
-// the error of ctx, at most 5 s later if the store is slow to take what has to be recorded of it. Call it when the HTTP
-// server has stopped, and close the Inbox after it.
+// Shutdown refuses new events and waits for those in hand: all that were accepted or, with an Inbox, only the running
+// ones, since it keeps the others. When ctx ends it cancels the callbacks, reports what is left as Unfinished, and
+// returns the error of ctx, at most 5 s later if the store is slow to record that. Call Shutdown after the HTTP
+// server has stopped, and close the Inbox after that.
 func (r *Receiver) Shutdown(ctx context.Context) error {
 	r.mu.Lock()
 	r.closed = true
@@ -175,21 +175,21 @@ func optionIf(valid bool, want string, apply func(*Receiver)) Option {
 	return Option{apply}
 }
 
-// WithDeduper sets what remembers the ids; the default is a new Memory. An Inbox is refused: say WithInbox.
+// WithDeduper sets what remembers the ids; the default is a new Memory. It panics on an Inbox: use WithInbox.
 func WithDeduper(d Deduper) Option {
 	_, isInbox := d.(Inbox)
 	return optionIf(d != nil && !isInbox, "WithDeduper wants a Deduper that is no Inbox",
 		func(r *Receiver) { r.store, r.inbox = d, nil })
 }
 
-// WithInbox sets what keeps the events durably, in place of a Deduper. It has a name of its own so that a wrapper
-// around an Inbox cannot lose it by accident.
+// WithInbox sets what keeps the events durably, in place of a Deduper. It is an option of its own so that a wrapper
+// around an Inbox cannot become a plain Deduper unnoticed.
 func WithInbox(in Inbox) Option {
 	return optionIf(in != nil, "WithInbox wants an Inbox", func(r *Receiver) { r.store, r.inbox = in, in })
 }
 
-// WithToken refuses requests that carry none of tokens, as ?token=… in the URL, percent-encoded, or as Authorization:
-// Bearer …. Several serve for rotation; none may be empty. The default is to accept every request.
+// WithToken refuses requests that carry none of the tokens, as ?token=… in the URL, percent-encoded, or as
+// Authorization: Bearer …. Several allow for rotation; none may be empty. The default is to accept every request.
 func WithToken(tokens ...string) Option {
 	var sums [][sha256.Size]byte
 	for _, token := range tokens {
@@ -204,17 +204,17 @@ func WithConcurrency(n int) Option {
 	return optionIf(n > 0, "WithConcurrency wants at least 1", func(r *Receiver) { r.concurrency = n })
 }
 
-// WithBacklog sets how many accepted events are held in memory, running ones included, at least 1; the default is 1024.
-// As many again may be held that have failed and will be tried again. When it is full, an Inbox keeps what comes, in the
-// order in which it was stored; with a plain Deduper as many deliveries wait for room, 5 s at most, and then get ErrBusy,
-// a 503.
+// WithBacklog sets how many accepted events are held in memory, running ones included, at least 1; the default is
+// 1024. As many again may be held that have failed and will be tried again. When the backlog is full, an Inbox keeps
+// what comes, in the order in which it was stored; with a plain Deduper up to n deliveries wait for room, 5 s at most.
+// Those that wait in vain, and at once any beyond them, get ErrBusy, a 503.
 func WithBacklog(n int) Option {
 	return optionIf(n > 0, "WithBacklog wants at least 1", func(r *Receiver) { r.backlog = n })
 }
 
-// WithRetry sets how often a callback is called at most, and how long it rests after its first failure. The rest doubles
-// with each failure, up to an hour, with a jitter of a quarter. The default of 8 and 1 s takes about two minutes; 1
-// means never retry. After that the event is given up; an Inbox brings it back.
+// WithRetry sets how often a callback is called at most, and how long it rests after its first failure. The rest
+// doubles with each failure, up to an hour, with a jitter of a quarter. The default of 8 and 1 s takes about two
+// minutes; 1 means never retry. Then the event is given up; an Inbox brings it back until it is handled.
 func WithRetry(attempts int, backoff time.Duration) Option {
 	return optionIf(attempts > 0 && backoff >= 0, "WithRetry wants at least 1 attempt and no negative backoff",
 		func(r *Receiver) { r.attempts, r.backoff = attempts, backoff })
@@ -231,9 +231,10 @@ func WithFailClosed() Option {
 	return Option{func(r *Receiver) { r.failClosed = true }}
 }
 
-// WithObserver sets what is told of every outcome. f is called in line and concurrently, so that Handled may come before
-// the Accepted of the same event, and GaveUp after what a redelivery came to; it must return quickly, must not panic, and
-// must not deliver the event of a StoreFailed. The default logs the problems to slog.Default, without the bodies.
+// WithObserver sets what is told of every outcome, in place of the default, which logs problems to slog.Default,
+// without the bodies. f is called in line and concurrently, so that Handled may come before the Accepted of the same
+// event, and GaveUp after the outcome of a redelivery; f must return quickly, not panic, and not deliver the event of
+// a StoreFailed.
 func WithObserver(f func(context.Context, Observation)) Option {
 	return optionIf(f != nil, "WithObserver wants a function", func(r *Receiver) { r.observe = f })
 }
@@ -252,7 +253,7 @@ type Observation struct {
 // Outcome says what happened.
 type Outcome string
 
-// The outcomes. After a StoreFailed of an event, Handled, Ignored and GaveUp may come before the store knows of them.
+// The outcomes. After a StoreFailed of an event, Handled, Ignored and GaveUp may be told before the store records them.
 const (
 	Accepted    Outcome = "accepted"     // got a 202
 	Duplicate   Outcome = "duplicate"    // got a 200
@@ -275,13 +276,13 @@ func (e *PanicError) Error() string {
 	return fmt.Sprintf("offloadhook: callback panicked: %v", e.Value)
 }
 
-// Unwrap returns Value where that is an error.
+// Unwrap returns Value if that is an error, else nil.
 func (e *PanicError) Unwrap() error {
 	err, _ := e.Value.(error)
 	return err
 }
 
-// What Deliver returns, wrapped with detail. Test with errors.Is.
+// The errors of Deliver, which wraps them with detail. Test with errors.Is.
 var (
 	ErrMalformed = errors.New("offloadhook: malformed event") // it can never be accepted
 	ErrBusy      = errors.New("offloadhook: no room")         // the backlog is full
@@ -319,7 +320,7 @@ func logProblems(ctx context.Context, o Observation) {
 	slog.WarnContext(ctx, "offloadhook", attrs...)
 }
 
-// refusal is why a request is refused whose body was not read whole.
+// refusal is why a request was refused before its body was read whole.
 type refusal int
 
 func (status refusal) Error() string { return "offloadhook: " + http.StatusText(int(status)) }
@@ -430,7 +431,7 @@ type task struct {
 	next    *task // of the same case, to run after this one
 	attempt int
 	timer   *time.Timer // ends the waiting; nil until it, or its Done, has failed
-	told    bool        // it was told as Unfinished
+	told    bool        // it was reported as Unfinished
 	ended   bool        // nothing is left to do but to record result
 	result  error       // what Done is given
 	records int         // how often Done has failed
@@ -570,7 +571,7 @@ func (r *Receiver) storeFailed(t *task, step string, err error) error {
 	return err
 }
 
-// places has an element for each place that is taken. Who waits for one gets it in turn.
+// places has an element for each place that is taken. Those who wait for one get it in turn.
 type places chan struct{}
 
 // take takes a place, if there is one.
@@ -1025,7 +1026,7 @@ func (r *Receiver) readBack(env *Envelope, start time.Time, undecided *[]*task) 
 	default:
 		r.tasks[env.EventID] = t
 		r.enqueue(t)
-		return time.Since(start) < sweepEvery/2 // lest the reading outlasts its context
+		return time.Since(start) < sweepEvery/2 // lest the reading outlast its context
 	}
 	return true
 }

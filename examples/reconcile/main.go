@@ -57,12 +57,19 @@ func main() {
 	}
 }
 
+const usage = "usage: OFFLOAD_API_URL=… OFFLOAD_API_KEY=… [OFFLOAD_TOKEN=…] reconcile -dir DIR " +
+	"[-addr ADDR] [-every PAUSE] [-min-age AGE] [-rate N] [file of case ids, one a line]"
+
 // run is main with its surroundings as parameters.
 func run(
 	ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout io.Writer, log *slog.Logger,
 ) error {
 	flags := flag.NewFlagSet("reconcile", flag.ContinueOnError)
-	dir := flags.String("dir", "", "directory of the journal")
+	flags.Usage = func() {
+		fmt.Fprintln(flags.Output(), usage)
+		flags.PrintDefaults()
+	}
+	dir := flags.String("dir", "", "directory of the journal, which this takes over from a process that uses it")
 	addr := flags.String("addr", "", "address on which to serve the webhook, at /offload (default: do not)")
 	every := flags.Duration("every", 0, "pause between two rounds (default: one round)")
 	minAge := flags.Duration("min-age", 5*time.Minute, "how long ago a case must have been updated")
@@ -76,7 +83,7 @@ func run(
 	case base == "" || key == "":
 		return errors.New("OFFLOAD_API_URL and OFFLOAD_API_KEY must be set")
 	case *dir == "" || flags.NArg() > 1 || !(*rate > 0) || *every < 0:
-		return errors.New("usage: reconcile -dir DIR [-addr ADDR] [-every PAUSE] [-min-age AGE] [-rate N] [file]")
+		return errors.New(usage)
 	case *every > 0 && flags.NArg() == 0:
 		return errors.New("-every needs a file, which is read anew for each round")
 	case len(tokens) > 1 && slices.Contains(tokens, ""):

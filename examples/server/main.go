@@ -62,6 +62,10 @@ type config struct {
 func parse(args []string, getenv func(string) string) (config, error) {
 	var cfg config
 	flags := flag.NewFlagSet("server", flag.ContinueOnError)
+	flags.Usage = func() {
+		fmt.Fprintln(flags.Output(), "usage: server -dir DIR [flags]; each may be given as in OFFLOAD_DIR=DIR, too")
+		flags.PrintDefaults()
+	}
 	flags.StringVar(&cfg.addr, "addr", "127.0.0.1:8080", "address to listen on")
 	flags.StringVar(&cfg.dir, "dir", "", "directory of the journal, on a disk that outlives the process")
 	token := flags.String("token", "", "secret that the webhook URL carries; several, parted by commas, for rotation")
