@@ -231,7 +231,8 @@ var errNew = errors.New("offloadhook: journal: the file is new")
 
 // OpenJournal opens the journal in dir, which it creates if necessary, and takes over from a Journal that uses it. The
 // directory gets mode 0700 and its files 0600: payloads are your customers' data. Events are kept until they are done,
-// and then their ids for at least retention; 0 means 30 days. An error names the file and the step that failed.
+// and then their ids for at least retention, counted from the first time if one is handled anew after that; 0 means 30
+// days. An error names the file and the step that failed.
 func OpenJournal(dir string, retention time.Duration) (*Journal, error) {
 	return openJournal(osDisk{}, dir, retention)
 }
@@ -388,7 +389,8 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 		if err == nil {
 			err, j.reports = errors.Join(j.reports...), nil
 		}
-		closed, all, order := j.closed, !j.started, slices.Clone(j.order)
+		closed, all := j.closed, !j.started
+		order := slices.DeleteFunc(slices.Clone(j.order), func(c *claim) bool { return c.group != nil })
 		j.started = true
 		j.mu.Unlock()
 		if err != nil && !yield(nil, named(err)) || closed != nil {
@@ -399,7 +401,7 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 			env, err := (*Envelope)(nil), cmp.Or(j.closed, ctx.Err())
 			stop := err != nil
 			rested := time.Since(c.gaveUp) >= 10*time.Minute
-			if !stop && j.claims[c.id] == c && c.group == nil && (all || rested) {
+			if !stop && j.claims[c.id] == c && (all || rested) {
 				c.gaveUp = time.Time{}
 				_, env, err = j.read(c)
 			}
@@ -700,9 +702,6 @@ func (j *Journal) compact() {
 // order of the files stays that of the events. When the copy is durable, the older files go. After a failed fsync
 // nothing is written to the new file before that; else claims go on. renewal and mu are held.
 func (j *Journal) renew() (err error) {
-	if j.closed != nil {
-		return j.closed
-	}
 	sound := !j.bad()
 	if j.last().bad != errNew { // else a renewal has failed before
 		if err = j.owns(); err == nil {

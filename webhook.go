@@ -980,7 +980,7 @@ func (r *Receiver) readInbox() {
 	caughtUp := whole && !passedOver && !(failing && (wasBehind || len(r.arrivals) > 0))
 	r.behind = r.behind || !caughtUp
 	for _, t := range r.arrivals {
-		if t.state != arrived { // it was read, too
+		if t.state != arrived { // Shutdown has dropped it
 			continue
 		}
 		if r.behind = r.behind || !r.room.take(); r.behind {
@@ -1000,24 +1000,23 @@ func (r *Receiver) readInbox() {
 }
 
 // readBack takes an event that was read from the inbox into memory, if it is to be handled and not there, and reports
-// whether to go on: there was room, and after an event that was taken, time. It passes over one that is being decided,
-// and then leaves the later ones of its case.
+// whether to go on: there was room, and after an event that was taken, time. It passes over one that is being decided
+// or has arrived, and then leaves the later ones of its case.
 func (r *Receiver) readBack(env *Envelope, start time.Time, undecided *[]*task) (ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	t := r.tasks[env.EventID]
 	_, ended := r.reading[env.EventID]
 	switch {
-	case t == nil && !ended:
-		copied := *env // the struct is the inbox's to use again
-		t = &task{env: &copied, ctx: context.Background(), caseID: env.caseID(), decided: make(chan struct{})}
-		close(t.decided)
-	case t == nil || t.state == queued || t.state == running:
+	case t == nil && ended || t != nil && (t.state == queued || t.state == running):
 		return true
-	case t.state == deciding:
+	case t != nil: // it is being decided, or has arrived and follows this reading
 		*undecided = append(*undecided, t)
 		return true
 	}
+	copied := *env // the struct is the inbox's to use again
+	t = &task{env: &copied, ctx: context.Background(), caseID: env.caseID(), decided: make(chan struct{})}
+	close(t.decided)
 	switch {
 	case slices.ContainsFunc(*undecided, func(u *task) bool { return t.caseID != "" && t.caseID == u.caseID }):
 		r.behind = true

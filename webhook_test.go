@@ -7148,10 +7148,18 @@ func TestRow07DoneBesideFailingCompaction(t *testing.T) {
 	journalExpectDone(t, j, medium, "evt_1")
 }
 
-// lateInbox takes its snapshot late.
+// lateInbox takes its snapshot, and stores, late.
 type lateInbox struct {
 	*fakeInbox
-	before func()
+	before  func()
+	storing func(id string)
+}
+
+func (in *lateInbox) Claim(ctx context.Context, env *Envelope) (fresh bool, err error) {
+	if in.storing != nil {
+		in.storing(env.EventID)
+	}
+	return in.fakeInbox.Claim(ctx, env)
 }
 
 func (in *lateInbox) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
@@ -7212,6 +7220,60 @@ func TestInboxArrivalIsNotOvertaken(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Two deliveries of a case overlap. The first is stored after a reading has taken its snapshot, the second before that.
+func TestInboxArrivalsKeepTheirOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := &lateInbox{fakeInbox: new(fakeInbox), storing: func(id string) {
+			if id == "evt_0" {
+				time.Sleep(2 * time.Second)
+			}
+		}}
+		in.onPending = func(int) error {
+			time.Sleep(3 * time.Second)
+			return nil
+		}
+		r := newRig(t, nil, WithInbox(in))
+		time.Sleep(sweepEvery - time.Second) // the next reading starts in a second
+		first := r.deliverAsync("evt_0", "case_1")
+		synctest.Wait()
+		second := r.deliverAsync("evt_1", "case_1")
+		if !(<-first).fresh || !(<-second).fresh || len(in.readings()) != 2 {
+			t.Error("not accepted during a reading")
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		expectList(t, "callbacks", r.called(), "evt_0", "evt_1")
+	})
+}
+
+// What is claimed while Pending yields is not yielded: if it were, a later event of a case could be without an earlier
+// one, which was passed over as undecided.
+func TestPendingIsASnapshot(t *testing.T) {
+	d := newDisk().process()
+	j := openOn(t, d, 0)
+	journalClaimed(t, j, "evt_0")
+	syncing, goOn := make(chan bool), make(chan bool)
+	d.onSync(func() { close(syncing); <-goOn })
+	claimed := make(chan bool)
+	go func() {
+		journalClaimed(t, j, "evt_1")
+		close(claimed)
+	}()
+	<-syncing
+	var ids []string
+	for env, err := range j.Pending(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ids = append(ids, env.EventID); len(ids) == 1 {
+			close(goOn)
+			<-claimed
+		}
+	}
+	expectList(t, "pending", ids, "evt_0")
+	expectList(t, "pending after that", journalPending(t, j), "evt_0", "evt_1")
 }
 
 // An inbox that replicas share gives this one an event through Pending, while a later one of its case is delivered here.
