@@ -37,7 +37,7 @@ const (
 	tidyEvery    = time.Second            // between looks for dead owners and expired rows
 	deathLooks   = 6                      // that find an owner's lock free, one after the other, for it to be dead
 	timeout      = 5 * time.Second        // for a statement
-	longTimeout  = time.Minute            // for one that may change many rows
+	longTimeout  = 15 * time.Second       // for one that may change many rows
 	pageSize     = 64                     // events read at once
 	pageBytes    = 1 << 20                // of their bodies, but for the last
 	lockTimeout  = "55P03"                // PostgreSQL's name for a lock that did not come in time
@@ -67,7 +67,7 @@ type Inbox struct {
 	stop      context.CancelFunc
 	running   sync.WaitGroup // what stop ends
 
-	handing sync.Mutex // held while events are handed to the receiver, so that Pending has those or follows them
+	handing sync.Mutex // held by Pending, and while events are forwarded, so that one follows the other
 
 	mu      sync.Mutex    // protects what follows
 	alive   chan struct{} // closed while the lock is held
@@ -103,6 +103,7 @@ func open(ctx context.Context, url string, retention, tidyEvery time.Duration) (
 	params["tcp_keepalives_idle"] = "5"
 	params["tcp_keepalives_interval"] = "5"
 	params["tcp_keepalives_count"] = "3"
+	params["tcp_user_timeout"] = "20000" // there are no keepalives while an answer is unacknowledged
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("pginbox: %w", err)
@@ -162,7 +163,8 @@ func (in *Inbox) Close() error {
 }
 
 // Forward sets what takes the events that other replicas have received for this one: the Deliver of the receiver that
-// uses the Inbox. Without it, they wait for the next reading of Pending, as do those of dead owners.
+// uses the Inbox. Without it, they wait for the next reading of Pending, as do those of dead owners. One that comes while
+// the receiver shuts down is observed as Refused there, and goes to another replica.
 func (in *Inbox) Forward(deliver deliverFunc) {
 	in.mu.Lock()
 	in.deliver = deliver
@@ -246,7 +248,7 @@ func (in *Inbox) Done(ctx context.Context, env *offloadhook.Envelope, result err
 }
 
 // Pending yields this owner's events; those of the dead become its own every second. Where Forward is in use, it leaves
-// out what that has yet to deliver.
+// out what that has yet to deliver. Close waits for its end.
 func (in *Inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, error] {
 	return func(yield func(*offloadhook.Envelope, error) bool) {
 		if err := in.living(ctx); err != nil {
@@ -257,6 +259,8 @@ func (in *Inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, e
 			yield(nil, err)
 			return
 		}
+		in.handing.Lock() // for all pages: a later event of a case may be on a later one
+		defer in.handing.Unlock()
 		// The bound makes it a snapshot; pages, because it may be left early, with megabytes to come.
 		var last, end int64
 		if err := in.pool.QueryRow(ctx, `SELECT coalesce(max(seq), 0) FROM offload_events WHERE owner = $1`,
@@ -292,8 +296,6 @@ type event struct {
 }
 
 func (in *Inbox) page(ctx context.Context, last, end int64) ([]event, error) {
-	in.handing.Lock()
-	defer in.handing.Unlock()
 	in.mu.Lock()
 	all := in.deliver == nil
 	in.mu.Unlock()
@@ -301,10 +303,10 @@ func (in *Inbox) page(ctx context.Context, last, end int64) ([]event, error) {
 	if err != nil {
 		return nil, err
 	}
-	var fresh []string
+	var fresh []int64
 	for _, e := range page {
 		if !e.handed {
-			fresh = append(fresh, e.id)
+			fresh = append(fresh, e.seq)
 		}
 	}
 	return page, in.markHanded(ctx, fresh)
@@ -535,7 +537,7 @@ func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool) {
 	if err != nil {
 		return false // the next tick tries again
 	}
-	var handed []string
+	var handed []int64
 	held := make(map[string]bool) // cases that have to wait
 	for _, e := range page {
 		if e.caseID != nil && held[*e.caseID] {
@@ -550,7 +552,7 @@ func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool) {
 		}
 		switch {
 		case fresh:
-			handed = append(handed, e.id)
+			handed = append(handed, e.seq)
 		case e.caseID != nil: // another delivery of the same event is on its way
 			held[*e.caseID] = true
 		}
@@ -558,13 +560,14 @@ func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool) {
 	return in.markHanded(ctx, handed) == nil && len(handed) > 0 && len(handed) == len(page)
 }
 
-func (in *Inbox) markHanded(ctx context.Context, ids []string) error {
-	if len(ids) == 0 {
+// markHanded marks events by their numbers, since a later claim of the same id has another one.
+func (in *Inbox) markHanded(ctx context.Context, seqs []int64) error {
+	if len(seqs) == 0 {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	_, err := in.pool.Exec(ctx, `UPDATE offload_events SET handed = true WHERE event_id = ANY($1) AND owner = $2`,
-		ids, in.owner)
+	_, err := in.pool.Exec(ctx, `UPDATE offload_events SET handed = true WHERE seq = ANY($1) AND owner = $2`,
+		seqs, in.owner)
 	return err
 }
