@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"offloadhook"
 )
@@ -16,18 +19,20 @@ type Forwarder interface {
 	Forward(deliver func(ctx context.Context, body []byte) (fresh bool, err error))
 }
 
+// claim claims the event of body, which has to be new, or not, to d.
+func claim(ctx context.Context, d offloadhook.Inbox, body string, want bool) error {
+	env := parse([]byte(body))
+	fresh, err := d.Claim(ctx, env)
+	if err == nil && fresh != want {
+		err = fmt.Errorf("%q is claimed: fresh is %t, want %t", env.EventID, fresh, want)
+	}
+	return err
+}
+
 // Forwarded checks that the events of a case go to a when that has an unfinished one of it, and that the context with
 // which such an event is forwarded stands for its first claim only. The callback has that context, and so has who is told
 // that the event was given up; both may deliver with it. a and b are two owners of one storage, empty at first.
 func Forwarded(t *testing.T, a, b Forwarder) {
-	claim := func(ctx context.Context, d offloadhook.Inbox, body string, want bool) error {
-		env := parse([]byte(body))
-		fresh, err := d.Claim(ctx, env)
-		if err == nil && fresh != want {
-			err = fmt.Errorf("%q is claimed: fresh is %t, want %t", env.EventID, fresh, want)
-		}
-		return err
-	}
 	const (
 		first   = `{"event_id":"evt_1","data":{"caseId":"case"}}`
 		second  = `{"event_id":"evt_2","data":{"caseId":"case"}}`
@@ -59,5 +64,94 @@ func Forwarded(t *testing.T, a, b Forwarder) {
 	}
 	if err := claim(ctx, b, alike, false); err != nil {
 		t.Error(err)
+	}
+}
+
+// ForwardedBetweenPages checks that Pending is a snapshot where it is read in pages: two events of a case that are
+// forwarded to a when it has read the first page are not in it, or both are. If the later one were alone, it would
+// overtake. A page has less than 200 events. a and b are two owners of one storage, empty at first.
+func ForwardedBetweenPages(t *testing.T, a, b Forwarder) {
+	body := func(id, caseID string) string { return fmt.Sprintf(`{"event_id":%q,"data":{"caseId":%q}}`, id, caseID) }
+	ctx, cancel := context.WithTimeout(t.Context(), takeover)
+	defer cancel()
+	var open atomic.Bool
+	forwarded := make(chan bool, 2)
+	a.Forward(func(context.Context, []byte) (bool, error) {
+		if !open.Load() {
+			return false, errors.New("not yet")
+		}
+		forwarded <- true
+		return true, nil
+	})
+	err := errors.Join(claim(ctx, a, body("evt_0", "case"), true), claim(ctx, b, body("evt_1", "case"), false))
+	for i := range 200 {
+		err = errors.Join(err, claim(ctx, a, body(fmt.Sprint("evt_of_a_", i), ""), true))
+	}
+	if err = errors.Join(err, claim(ctx, b, body("evt_2", "case"), false)); err != nil {
+		t.Fatal(err)
+	}
+	left := 2
+	await := func(limit time.Duration) {
+		for late := time.After(limit); left > 0; left-- {
+			select {
+			case <-forwarded:
+			case <-late:
+				return
+			}
+		}
+	}
+	var ids []string
+	for env, err := range a.Pending(ctx) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ids = append(ids, env.EventID); len(ids) == 1 {
+			open.Store(true)
+			await(time.Second) // they may have to wait for the end of the reading
+		}
+	}
+	if slices.Contains(ids, "evt_2") && !slices.Contains(ids, "evt_1") {
+		t.Error("Pending yields evt_2, and not evt_1, which came before it in its case")
+	}
+	if await(patience); left > 0 {
+		t.Errorf("%d of 2 events are not forwarded", left)
+	}
+}
+
+// ForwardedAnew checks that an event which is given up as soon as it is forwarded, and claimed anew elsewhere, is
+// forwarded once more. a and b are two owners of one storage, empty at first.
+func ForwardedAnew(t *testing.T, a, b Forwarder) {
+	const (
+		first  = `{"event_id":"evt_1","data":{"caseId":"case"}}`
+		second = `{"event_id":"evt_2","data":{"caseId":"case"}}`
+	)
+	ctx, cancel := context.WithTimeout(t.Context(), takeover)
+	defer cancel()
+	for _, err := range a.Pending(ctx) { // what is given up from now on rests
+		t.Error(err)
+	}
+	if err := errors.Join(claim(ctx, a, first, true), claim(ctx, b, second, false)); err != nil {
+		t.Fatal(err)
+	}
+	claimed := make(chan error, 100)
+	anew := false
+	a.Forward(func(ctx context.Context, body []byte) (bool, error) {
+		err := claim(ctx, a, string(body), true)
+		if !anew {
+			anew = true
+			err = errors.Join(err, a.Done(ctx, parse(body), errGaveUp), claim(ctx, b, second, false))
+		}
+		claimed <- err
+		return err == nil, err
+	})
+	for range 2 {
+		select {
+		case err := <-claimed:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-ctx.Done():
+			t.Fatal("it is not forwarded")
+		}
 	}
 }

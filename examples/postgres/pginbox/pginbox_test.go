@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -352,10 +351,17 @@ func forwardAll(t *testing.T, in *Inbox, ids ...string) {
 	}
 }
 
-// TestForwardedContext delivers an event with the context of one that was forwarded, as a callback may do: it is stored.
-func TestForwardedContext(t *testing.T) {
-	url := pgtest.EmptySchema(t)
-	dedupetest.Forwarded(t, newInbox(t, url, never), newInbox(t, url, never))
+func TestForwarded(t *testing.T) {
+	for name, test := range map[string]func(t *testing.T, a, b dedupetest.Forwarder){
+		"context":       dedupetest.Forwarded,
+		"between pages": dedupetest.ForwardedBetweenPages,
+		"anew":          dedupetest.ForwardedAnew,
+	} {
+		t.Run(name, func(t *testing.T) {
+			url := pgtest.EmptySchema(t)
+			test(t, newInbox(t, url, never), newInbox(t, url, never))
+		})
+	}
 }
 
 // TestForwardPages reads no more than a page at once: bodies of a megabyte may come over a slow link.
@@ -419,101 +425,6 @@ func TestForwardOrder(t *testing.T) {
 			}
 		case <-time.After(patience):
 			t.Fatal("not all is forwarded")
-		}
-	}
-}
-
-// TestForwardBetweenPages forwards two events of a case when Pending has read a page behind which there is the later one:
-// it would yield that without the earlier one.
-func TestForwardBetweenPages(t *testing.T) {
-	url := pgtest.EmptySchema(t)
-	a, b := newInbox(t, url, never), newInbox(t, url, never)
-	var open atomic.Bool
-	forwarded := make(chan bool, 2)
-	a.Forward(func(context.Context, []byte) (bool, error) {
-		if !open.Load() {
-			return false, errors.New("not yet")
-		}
-		forwarded <- true
-		return true, nil
-	})
-	give := func(id string) {
-		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
-			t.Fatal(fresh, err)
-		}
-	}
-	mustClaim(t, a, "evt_0", "case")
-	give("evt_1")
-	for i := range pageSize {
-		mustClaim(t, a, fmt.Sprint("evt_a", i), "")
-	}
-	give("evt_2")
-	await := func(limit time.Duration, n int) (left int) {
-		for late := time.After(limit); n > 0; n-- {
-			select {
-			case <-forwarded:
-			case <-late:
-				return n
-			}
-		}
-		return 0
-	}
-	var got []string
-	left := 2
-	for env, err := range a.Pending(t.Context()) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got = append(got, env.EventID); len(got) == pageSize {
-			open.Store(true)
-			left = await(5*forwardEvery, left)
-		}
-	}
-	if slices.Contains(got, "evt_2") && !slices.Contains(got, "evt_1") {
-		t.Errorf("Pending yields evt_2 without evt_1, which is of the same case: %q", got)
-	}
-	if left = await(patience, left); left > 0 {
-		t.Errorf("%d of 2 events are not forwarded", left)
-	}
-}
-
-// TestMarkOfALaterClaim gives up an event as soon as it is forwarded, and claims it anew elsewhere, before a page is
-// marked as delivered: that has to be forwarded, too.
-func TestMarkOfALaterClaim(t *testing.T) {
-	url := pgtest.EmptySchema(t)
-	a, b := newInbox(t, url, never), newInbox(t, url, never)
-	pendingIDs(t, a) // what is given up from now on rests
-	mustClaim(t, a, "evt_0", "case")
-	give := func() {
-		if fresh, err := b.Claim(t.Context(), newEvent("evt_1", "case")); fresh || err != nil {
-			t.Error(fresh, err)
-		}
-	}
-	give()
-	forwarded := make(chan bool, 100)
-	first := true
-	a.Forward(func(ctx context.Context, body []byte) (bool, error) {
-		env, err := offloadhook.ParseEnvelope(body)
-		if err != nil {
-			return false, err
-		}
-		fresh, err := a.Claim(ctx, env)
-		if first {
-			first = false
-			mustDone(t, a, "evt_1", errors.New("gave up at once"))
-			give()
-		}
-		forwarded <- fresh
-		return fresh, err
-	})
-	for range 2 {
-		select {
-		case fresh := <-forwarded:
-			if !fresh {
-				t.Error("it is forwarded and not to be handled")
-			}
-		case <-time.After(patience):
-			t.Fatal("it is not forwarded")
 		}
 	}
 }

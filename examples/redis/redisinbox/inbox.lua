@@ -172,7 +172,7 @@ function step.last()
 end
 
 -- page returns my events after number from, up to number upto: of about a megabyte, the number of the last one that it
--- has looked at, and the id, case and body of each. which is 'new', 'owner' for all, or 'known' for all but the new.
+-- has looked at, and the number, id, case and body of each. which is 'new', 'owner' for all, or 'known' for all but the new.
 function step.page(which, from, upto)
 	local key = prefix .. (which == 'new' and 'new:' or 'owner:') .. me
 	local ids = call('ZRANGEBYSCORE', key, '(' .. from, upto, 'WITHSCORES', 'LIMIT', 0, 64)
@@ -183,8 +183,8 @@ function step.page(which, from, upto)
 		if which ~= 'known' or not call('ZSCORE', prefix .. 'new:' .. me, id) then
 			local event = call('HMGET', prefix .. 'event:' .. id, 'case', 'body')
 			local n = #page
-			page[n + 1], page[n + 2], page[n + 3] = id, event[1] or '', event[2] or ''
-			bytes = bytes + #page[n + 3]
+			page[n + 1], page[n + 2], page[n + 3], page[n + 4] = page[1], id, event[1] or '', event[2] or ''
+			bytes = bytes + #page[n + 4]
 			if not event[2] and which ~= 'new' then -- whoever reads this reports it, once
 				call('ZREM', key, id)
 			end
@@ -196,10 +196,14 @@ function step.page(which, from, upto)
 	return page
 end
 
--- know notes that my receiver knows of these events.
+-- know notes that my receiver knows of these events, each a number and an id.
 function step.know(...)
-	for _, id in ipairs({ ... }) do
-		count(id, 'new', 0 - call('ZREM', prefix .. 'new:' .. me, id))
+	local events, key = { ... }, prefix .. 'new:' .. me
+	for i = 1, #events, 2 do
+		local seq, id = events[i], events[i + 1]
+		if call('ZSCORE', key, id) == seq then
+			count(id, 'new', 0 - call('ZREM', key, id))
+		end
 	end
 end
 

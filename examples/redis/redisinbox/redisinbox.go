@@ -71,7 +71,7 @@ type Inbox struct {
 	stop      context.CancelFunc
 	working   sync.WaitGroup
 
-	handing sync.Mutex // held while events are handed to the receiver, so that Pending has those or follows them
+	handing sync.Mutex // held by Pending, and while events are forwarded, so that one follows the other
 
 	mu      sync.Mutex // protects what follows
 	deliver deliverFunc
@@ -207,7 +207,7 @@ func caseOf(env *offloadhook.Envelope) string {
 
 // Done records the end of an event, if it is still this owner's.
 func (in *Inbox) Done(ctx context.Context, env *offloadhook.Envelope, result error) error {
-	var retention any = in.retention.Milliseconds()
+	var retention any = max(in.retention.Milliseconds(), 1)
 	if result != nil {
 		retention = ""
 	}
@@ -216,13 +216,15 @@ func (in *Inbox) Done(ctx context.Context, env *offloadhook.Envelope, result err
 }
 
 // Pending yields this owner's events; those of the dead become its own every second. Where Forward is in use, it leaves
-// out what that has yet to deliver.
+// out what that has yet to deliver. Close waits for its end.
 func (in *Inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, error] {
 	return func(yield func(*offloadhook.Envelope, error) bool) {
 		if err := in.revive(ctx); err != nil {
 			yield(nil, err)
 			return
 		}
+		in.handing.Lock() // for all pages: a later event of a case may be on a later one
+		defer in.handing.Unlock()
 		// The bound makes it a snapshot; pages, because it may be left early, with megabytes to come.
 		newest, err := in.end(ctx, "last")
 		for last := "0"; err == nil && last != newest; {
@@ -248,8 +250,6 @@ func (in *Inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, e
 
 // known returns a page of what this owner's receiver may know of.
 func (in *Inbox) known(ctx context.Context, last string, newest any) (string, []event, error) {
-	in.handing.Lock()
-	defer in.handing.Unlock()
 	in.mu.Lock()
 	which := "known"
 	if in.deliver == nil {
@@ -264,35 +264,35 @@ func (in *Inbox) known(ctx context.Context, last string, newest any) (string, []
 }
 
 type event struct {
-	id, caseID string
-	body       []byte
+	seq, id, caseID string
+	body            []byte
 }
 
 // page reads some events after number last, and returns the number of the last one, "" if there was none.
 func (in *Inbox) page(ctx context.Context, which, last string, newest any) (string, []event, error) {
 	answer, err := in.end(ctx, "page", which, last, newest)
 	list, _ := answer.([]any)
-	if err != nil || len(list)%3 != 1 {
+	if err != nil || len(list)%4 != 1 {
 		return "", nil, err
 	}
 	var page []event
 	text := func(v any) string { s, _ := v.(string); return s }
-	for e := range slices.Chunk(list[1:], 3) {
-		page = append(page, event{text(e[0]), text(e[1]), []byte(text(e[2]))})
+	for e := range slices.Chunk(list[1:], 4) {
+		page = append(page, event{text(e[0]), text(e[1]), text(e[2]), []byte(text(e[3]))})
 	}
 	return text(list[0]), page, nil
 }
 
-// know notes that the receiver knows of these events.
+// know notes that the receiver knows of these events, by their numbers, since a later claim of the same id has another.
 func (in *Inbox) know(ctx context.Context, page []event) error {
 	if len(page) == 0 {
 		return nil
 	}
-	var ids []any
+	var known []any
 	for _, e := range page {
-		ids = append(ids, e.id)
+		known = append(known, e.seq, e.id)
 	}
-	_, err := in.end(ctx, "know", ids...)
+	_, err := in.end(ctx, "know", known...)
 	return err
 }
 
@@ -343,6 +343,7 @@ func (in *Inbox) end(ctx context.Context, step string, args ...any) (any, error)
 func (in *Inbox) renew(ctx context.Context) {
 	options := *in.client.Options()
 	options.PoolSize, options.DialTimeout = 1, renewEvery               // no call is made beside a dial, so none may take long
+	options.Dialer, options.OnConnect = nil, nil                        // Dialer has the other timeout; a lease acknowledges nothing
 	alone := &Inbox{client: redis.NewClient(&options), owner: in.owner} // since claims may fill the pool of in
 	defer alone.client.Close()
 	tick := time.NewTicker(in.beat)
@@ -353,7 +354,7 @@ func (in *Inbox) renew(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		within, cancel := context.WithTimeout(ctx, renewEvery)
+		within, cancel := context.WithTimeout(ctx, 3*renewEvery)
 		_, _ = alone.end(within, "renew") // its error is that of the claims, too
 		cancel()
 	}
@@ -384,9 +385,12 @@ type lease struct{ owner, renewed string }
 // bury looks for leases that are over, and takes over from those that were found so deathLooks times in a row. seen
 // counts them, and is returned for the next look.
 func (in *Inbox) bury(ctx context.Context, seen map[lease]int) map[lease]int {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	answer, err := in.end(ctx, "expired", (leaseBeats * in.beat).Milliseconds())
+	step := func(name string, args ...any) (any, error) {
+		within, cancel := context.WithTimeout(ctx, timeout)
+		defer cancel()
+		return in.end(within, name, args...)
+	}
+	answer, err := step("expired", (leaseBeats * in.beat).Milliseconds())
 	list, _ := answer.([]any)
 	if err != nil {
 		return nil
@@ -403,7 +407,7 @@ func (in *Inbox) bury(ctx context.Context, seen map[lease]int) map[lease]int {
 		// Nothing is forwarded before all of it is here, lest a case gets out of order.
 		in.handing.Lock()
 		for renewed := any(dead.renewed); err == nil && renewed != ""; {
-			renewed, err = in.end(ctx, "inherit", dead.owner, renewed, many)
+			renewed, err = step("inherit", dead.owner, renewed, many)
 		}
 		in.handing.Unlock()
 	}
@@ -425,17 +429,22 @@ func (in *Inbox) forward(ctx context.Context) {
 }
 
 // hand delivers a page of what comes after number last, and returns the number of its last event: "" when it was empty,
-// or failed.
+// or failed, or takes long, since others may be waiting for handing.
 func (in *Inbox) hand(ctx context.Context, last string, held map[string]bool, deliver deliverFunc) string {
 	in.handing.Lock()
 	defer in.handing.Unlock()
 	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	start := time.Now()
 	last, page, err := in.page(within, "new", last, "+inf")
 	var taken []event
 	for _, e := range page {
 		if held[e.caseID] {
 			continue
+		}
+		if time.Since(start) > renewEvery {
+			last = ""
+			break
 		}
 		fresh := true
 		if len(e.body) > 0 { // else Pending will tell

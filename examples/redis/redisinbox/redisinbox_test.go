@@ -4,9 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -444,10 +446,176 @@ func TestOneHeir(t *testing.T) {
 	s.Do(t, "ZSCORE", prefix+"owners", first.owner) // fails where nobody would find its events
 }
 
-// TestForwardedContext delivers an event with the context of one that was forwarded, as a callback may do: it is stored.
-func TestForwardedContext(t *testing.T) {
+func TestForwarded(t *testing.T) {
+	for name, test := range map[string]func(t *testing.T, a, b dedupetest.Forwarder){
+		"context":       dedupetest.Forwarded,
+		"between pages": dedupetest.ForwardedBetweenPages,
+		"anew":          dedupetest.ForwardedAnew,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := redistest.New(t)
+			test(t, newInbox(t, s, soon), newInbox(t, s, soon))
+		})
+	}
+}
+
+// TestHandEnds forwards slowly: what waits for handing gets its turn in the midst of a page.
+func TestHandEnds(t *testing.T) {
 	s := redistest.New(t)
-	dedupetest.Forwarded(t, newInbox(t, s, soon), newInbox(t, s, soon))
+	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
+	a.die() // so that nothing is forwarded but here
+	mustClaim(t, a, "evt_0", "case")
+	for _, id := range []string{"evt_1", "evt_2", "evt_3"} {
+		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
+			t.Fatal(fresh, err)
+		}
+	}
+	forwarded := 0
+	deliver := func(context.Context, []byte) (bool, error) {
+		if forwarded++; forwarded == 2 {
+			time.Sleep(renewEvery)
+		}
+		return true, nil
+	}
+	held := make(map[string]bool)
+	if last := a.hand(t.Context(), "0", held, deliver); last != "" || forwarded != 2 {
+		t.Errorf("%d events are forwarded, up to %q", forwarded, last)
+	}
+	if last := a.hand(t.Context(), "0", held, deliver); last == "" || forwarded != 3 {
+		t.Errorf("after that, %d events are forwarded, up to %q", forwarded, last)
+	}
+}
+
+// proxy is a way to a server, which a test can make slow or cut.
+type proxy struct {
+	listener net.Listener
+	server   string
+	slow     time.Duration // for each answer
+	secure   *tls.Config   // nil for none
+
+	mu    sync.Mutex // protects what follows
+	hangs bool       // what comes is accepted, and nothing else
+	conns []net.Conn
+}
+
+func newProxy(t *testing.T, s *redistest.Server, slow time.Duration, secure *tls.Config) *proxy {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &proxy{listener: listener, server: strings.TrimPrefix(s.URL(), "redis://"), slow: slow, secure: secure}
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			p.mu.Lock()
+			hangs := p.hangs
+			p.conns = append(p.conns, conn)
+			p.mu.Unlock()
+			if !hangs {
+				serving.Go(func() { p.serve(conn) })
+			}
+		}
+	})
+	t.Cleanup(func() {
+		listener.Close()
+		p.cut(true)
+		serving.Wait()
+	})
+	return p
+}
+
+func (p *proxy) serve(conn net.Conn) {
+	if p.secure != nil {
+		conn = tls.Server(conn, p.secure)
+	}
+	defer conn.Close()
+	up, err := net.Dial("tcp", p.server)
+	if err != nil {
+		return
+	}
+	go func() {
+		io.Copy(up, conn)
+		up.Close()
+	}()
+	for buf := make([]byte, 1<<16); err == nil; {
+		var n int
+		if n, err = up.Read(buf); n > 0 {
+			time.Sleep(p.slow)
+			_, err = conn.Write(buf[:n])
+		}
+	}
+}
+
+// cut breaks all connections, and lets later ones hang.
+func (p *proxy) cut(hangs bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.hangs = hangs
+	for _, conn := range p.conns {
+		conn.Close()
+	}
+	p.conns = nil
+}
+
+// TestSlowServer: an owner renews its lease where an answer takes a third of a second, and a new connection some.
+func TestSlowServer(t *testing.T) {
+	s := redistest.New(t)
+	url := "redis://" + newProxy(t, s, 350*time.Millisecond, nil).listener.Addr().String()
+	a, err := open(t.Context(), url, 0, 2*soon, checkDurable)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	b := newInbox(t, s, 2*soon)
+	mustClaim(t, a, "evt_1", "case")
+	for start := time.Now(); time.Since(start) < 2*(leaseBeats+deathLooks)*2*soon; time.Sleep(soon) {
+		if ids := pendingIDs(t, b); len(ids) > 0 {
+			t.Fatalf("%q is taken over from an owner that lives", ids)
+		}
+	}
+}
+
+// TestHangingDial cuts off an owner for so long that what it dials hangs: the renewal does not wait for that, over TLS
+// as without.
+func TestHangingDial(t *testing.T) {
+	web := httptest.NewTLSServer(nil)
+	defer web.Close()
+	for scheme, secure := range map[string]*tls.Config{
+		"redis": nil, "rediss": {Certificates: web.TLS.Certificates},
+	} {
+		t.Run(scheme, func(t *testing.T) {
+			t.Parallel()
+			s := redistest.New(t)
+			p := newProxy(t, s, 0, secure)
+			url := scheme + "://" + p.listener.Addr().String()
+			if secure != nil {
+				url += "?skip_verify=true"
+			}
+			in, err := open(t.Context(), url, 0, renewEvery, checkDurable)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer in.Close()
+			score := func() any { return s.Do(t, "ZSCORE", prefix+"owners", in.owner) }
+			p.cut(true)
+			start, before := time.Now(), score()
+			time.Sleep(renewEvery + renewEvery/2)
+			p.mu.Lock()
+			p.hangs = false // but what hangs goes on to
+			p.mu.Unlock()
+			for score() == before && time.Since(start) < patience {
+				time.Sleep(soon / 4)
+			}
+			if took := time.Since(start); took > timeout+renewEvery/2 { // in seven an owner is dead
+				t.Errorf("the lease is renewed after %v", took)
+			}
+		})
+	}
 }
 
 // TestHeld forwards an event while another delivery of it is on its way: those after it in its case wait.
