@@ -229,10 +229,10 @@ type group struct {
 // errNew marks a file that is not in use yet: it is empty, and its name may not be durable.
 var errNew = errors.New("offloadhook: journal: the file is new")
 
-// OpenJournal opens the journal in dir, which it creates if necessary, and takes over from a Journal that uses it. The
-// directory gets mode 0700 and its files 0600: payloads are your customers' data. Events are kept until they are done,
-// and then their ids for at least retention, counted from the first time if one is handled anew after that; 0 means 30
-// days. An error names the file and the step that failed.
+// OpenJournal opens the journal in dir and takes over from a Journal that uses it. It makes files with mode 0600 and, if
+// need be, dir with 0700, since payloads are your customers' data; Windows has no such modes. Events are kept until they
+// are done, and then their ids for at least retention, counted from the first time if one is handled anew after that; 0
+// means 30 days. An error names the file and the step that failed.
 func OpenJournal(dir string, retention time.Duration) (*Journal, error) {
 	return openJournal(osDisk{}, dir, retention)
 }

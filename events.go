@@ -268,7 +268,7 @@ func halfPair(value []byte, id string) bool {
 
 // text returns what a JSON string spells, "" if value is not one.
 func text(value []byte) string {
-	if len(value) < 2 || value[0] != '"' {
+	if at(value, 0) != '"' {
 		return ""
 	}
 	if bytes.IndexByte(value, '\\') < 0 && utf8.Valid(value) {

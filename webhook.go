@@ -304,7 +304,7 @@ const (
 	doneAttempts = 8                // to record the end of an event in a plain Deduper
 )
 
-// logProblems is the default observer. It logs nothing of a body.
+// logProblems is the default observer. It logs nothing of a body but its event_id.
 func logProblems(ctx context.Context, o Observation) {
 	fine := o.Outcome == Accepted || o.Outcome == Duplicate || o.Outcome == Handled || o.Outcome == Ignored
 	if fine && o.Err == nil {

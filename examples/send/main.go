@@ -339,7 +339,7 @@ func pace(ctx context.Context, plan []int, rate float64, next chan<- int) {
 	start := time.Now()
 	for k, i := range plan {
 		if rate > 0 {
-			due := time.NewTimer(time.Until(start.Add(time.Duration(float64(k) / rate * float64(time.Second)))))
+			due := time.NewTimer(time.Until(start.Add(time.Duration(min(float64(k)/rate, 1e9) * 1e9))))
 			select {
 			case <-due.C:
 			case <-ctx.Done():

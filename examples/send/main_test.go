@@ -299,6 +299,14 @@ func TestPace(t *testing.T) {
 			t.Errorf("11 events at 2 a second took %s, want 5s", took)
 		}
 	})
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), 24*time.Hour)
+		defer cancel()
+		next := make(chan int, 10)
+		if pace(ctx, make([]int, 10), 1e-12, next); len(next) != 1 {
+			t.Errorf("%d events in a day at one in 30,000 years", len(next))
+		}
+	})
 }
 
 func TestReport(t *testing.T) {

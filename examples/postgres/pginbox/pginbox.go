@@ -33,6 +33,7 @@ import (
 
 const (
 	forwardEvery = 200 * time.Millisecond // between looks for events that other replicas have received for this one
+	giveWay      = time.Second            // of forwarding, after which it lets a reading go first
 	pingEvery    = 100 * time.Millisecond // between signs that the session lives, and attempts at another
 	tidyEvery    = time.Second            // between looks for dead owners and expired rows
 	deathLooks   = 6                      // that find an owner's lock free, one after the other, for it to be dead
@@ -248,7 +249,7 @@ func (in *Inbox) Done(ctx context.Context, env *offloadhook.Envelope, result err
 }
 
 // Pending yields this owner's events; those of the dead become its own every second. Where Forward is in use, it leaves
-// out what that has yet to deliver. Close waits for its end.
+// out what that has yet to deliver, and forwarding waits for its end; so do not call Close within it.
 func (in *Inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, error] {
 	return func(yield func(*offloadhook.Envelope, error) bool) {
 		if err := in.living(ctx); err != nil {
@@ -526,8 +527,8 @@ func (in *Inbox) forward(ctx context.Context) {
 }
 
 // hand delivers the oldest events that are to be forwarded, a page of them, and reports whether to go on: not when one of
-// them has to wait. It never reads on behind a page. An event there could be of a case of which an earlier one, with a
-// number within the page, has only just come: from a claim that was slow, or from a dead owner.
+// them has to wait, or it took long. It never reads on behind a page. An event there could be of a case of which an
+// earlier one, with a number within the page, has only just come: from a claim that was slow, or from a dead owner.
 func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool) {
 	in.handing.Lock()
 	defer in.handing.Unlock()
@@ -537,11 +538,15 @@ func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool) {
 	if err != nil {
 		return false // the next tick tries again
 	}
+	start := time.Now()
 	var handed []int64
 	held := make(map[string]bool) // cases that have to wait
 	for _, e := range page {
 		if e.caseID != nil && held[*e.caseID] {
 			continue
+		}
+		if time.Since(start) > giveWay {
+			break
 		}
 		fresh, err := deliver(context.WithValue(ctx, forwarded{in}, &mark{id: e.id}), e.body)
 		if errors.Is(err, offloadhook.ErrClosed) {

@@ -429,6 +429,31 @@ func TestForwardOrder(t *testing.T) {
 	}
 }
 
+// TestHandEnds forwards slowly: what waits for handing gets its turn in the midst of a page.
+func TestHandEnds(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	a, b := newInbox(t, url, never), newInbox(t, url, never)
+	mustClaim(t, a, "evt_0", "case")
+	for _, id := range []string{"evt_1", "evt_2", "evt_3"} {
+		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
+			t.Fatal(fresh, err)
+		}
+	}
+	forwarded := 0
+	deliver := func(context.Context, []byte) (bool, error) {
+		if forwarded++; forwarded == 2 {
+			time.Sleep(giveWay)
+		}
+		return true, nil
+	}
+	if more := a.hand(t.Context(), deliver); more || forwarded != 2 {
+		t.Errorf("%d events are forwarded, and it goes on: %t", forwarded, more)
+	}
+	if more := a.hand(t.Context(), deliver); !more || forwarded != 3 {
+		t.Errorf("after that, %d events are forwarded, and it goes on: %t", forwarded, more)
+	}
+}
+
 // TestReviveMany brings back more than are changed in one step.
 func TestReviveMany(t *testing.T) {
 	url := pgtest.EmptySchema(t)

@@ -32,6 +32,7 @@ import (
 
 const (
 	forwardEvery = 200 * time.Millisecond // between looks for events that other replicas have received for this one
+	giveWay      = time.Second            // of forwarding, after which it lets a reading go first
 	renewEvery   = time.Second            // between renewals of the lease, and between looks for dead owners
 	leaseBeats   = 2                      // renewals that fit into a lease
 	deathLooks   = 5                      // that find a lease over, one after the other, for its owner to be dead
@@ -162,7 +163,8 @@ func (in *Inbox) Close() error {
 }
 
 // Forward sets what takes the events that other replicas have received for this one: the Deliver of the receiver that
-// uses the Inbox. Without it, they wait for the next reading of Pending, as do those of dead owners.
+// uses the Inbox. Without it, they wait for the next reading of Pending, as do those of dead owners. One that comes while
+// the receiver shuts down is observed as Refused there, and goes to another replica.
 func (in *Inbox) Forward(deliver deliverFunc) {
 	in.mu.Lock()
 	in.deliver = deliver
@@ -216,7 +218,7 @@ func (in *Inbox) Done(ctx context.Context, env *offloadhook.Envelope, result err
 }
 
 // Pending yields this owner's events; those of the dead become its own every second. Where Forward is in use, it leaves
-// out what that has yet to deliver. Close waits for its end.
+// out what that has yet to deliver, and forwarding waits for its end; so do not call Close within it.
 func (in *Inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, error] {
 	return func(yield func(*offloadhook.Envelope, error) bool) {
 		if err := in.revive(ctx); err != nil {
@@ -429,20 +431,20 @@ func (in *Inbox) forward(ctx context.Context) {
 }
 
 // hand delivers a page of what comes after number last, and returns the number of its last event: "" when it was empty,
-// or failed, or takes long, since others may be waiting for handing.
+// failed, or took long.
 func (in *Inbox) hand(ctx context.Context, last string, held map[string]bool, deliver deliverFunc) string {
 	in.handing.Lock()
 	defer in.handing.Unlock()
 	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	start := time.Now()
 	last, page, err := in.page(within, "new", last, "+inf")
+	start := time.Now() // after the page, so that one of its events at least is delivered
 	var taken []event
 	for _, e := range page {
 		if held[e.caseID] {
 			continue
 		}
-		if time.Since(start) > renewEvery {
+		if time.Since(start) > giveWay {
 			last = ""
 			break
 		}

@@ -459,6 +459,39 @@ func TestForwarded(t *testing.T) {
 	}
 }
 
+// TestSlowPage forwards large events over a slow way: the time for the page does not count.
+func TestSlowPage(t *testing.T) {
+	s := redistest.New(t)
+	url := "redis://" + newProxy(t, s, giveWay/10, nil).listener.Addr().String()
+	a, err := open(t.Context(), url, 0, renewEvery, checkDurable)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	a.die() // so that nothing is forwarded but here
+	b := newInbox(t, s, renewEvery)
+	mustClaim(t, a, "evt_0", "case")
+	for i := range 16 {
+		body := fmt.Appendf(nil, `{"event_id":"evt_%d","data":{"caseId":"case","text":"%065536d"}}`, i+1, 0)
+		env, err := offloadhook.ParseEnvelope(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
+			t.Fatal(fresh, err)
+		}
+	}
+	forwarded := 0
+	start := time.Now()
+	a.hand(t.Context(), "0", make(map[string]bool), func(context.Context, []byte) (bool, error) {
+		forwarded++
+		return true, nil
+	})
+	if took := time.Since(start); took < giveWay || forwarded == 0 {
+		t.Errorf("%d events are forwarded, in %v", forwarded, took)
+	}
+}
+
 // TestHandEnds forwards slowly: what waits for handing gets its turn in the midst of a page.
 func TestHandEnds(t *testing.T) {
 	s := redistest.New(t)
@@ -473,7 +506,7 @@ func TestHandEnds(t *testing.T) {
 	forwarded := 0
 	deliver := func(context.Context, []byte) (bool, error) {
 		if forwarded++; forwarded == 2 {
-			time.Sleep(renewEvery)
+			time.Sleep(giveWay)
 		}
 		return true, nil
 	}
