@@ -969,14 +969,7 @@ func TestFixturesAreLinkedOnlyWhereUsed(t *testing.T) {
 	if testing.Short() {
 		t.Skip("builds three programs")
 	}
-	root, err := os.Getwd()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	for name, text := range map[string]string{
-		"go.mod": "module user\n\ngo 1.25\n\nrequire offloadhook v0.0.0\n\nreplace offloadhook => " +
-			fmt.Sprintf("%q\n", filepath.ToSlash(root)),
+	dir := userModule(t, map[string]string{
 		"without/main.go": `package main
 
 import (
@@ -1003,13 +996,7 @@ func main() {
 	os.Stdout.Write(body)
 }
 `,
-	} {
-		path := filepath.Join(dir, filepath.FromSlash(name))
-		err := os.MkdirAll(filepath.Dir(path), 0o700)
-		if err = errors.Join(err, os.WriteFile(path, []byte(text), 0o600)); err != nil {
-			t.Fatal(err)
-		}
-	}
+	})
 	run := func(flags, name string, args ...string) []byte {
 		t.Helper()
 		cmd := exec.CommandContext(t.Context(), name, args...)
@@ -1056,6 +1043,26 @@ func main() {
 	}
 }
 
+// userModule makes a module that uses this one, and returns its directory.
+func userModule(t *testing.T, files map[string]string) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	root, err := os.Getwd()
+	// By a link, since a path with a space cannot be vendored.
+	if err = errors.Join(err, os.Symlink(root, filepath.Join(dir, "offloadhook"))); err != nil {
+		t.Fatal(err)
+	}
+	files["go.mod"] = "module user\n\ngo 1.25\n\nrequire offloadhook v0.0.0\n\nreplace offloadhook => ./offloadhook\n"
+	for name, text := range files {
+		path := filepath.Join(dir, filepath.FromSlash(name))
+		err := os.MkdirAll(filepath.Dir(path), 0o700)
+		if err = errors.Join(err, os.WriteFile(path, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
 // TestREADME holds the README's Go against the compiler, its mount against ExampleHandler, and its links against the tree.
 func TestREADME(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
@@ -1082,22 +1089,11 @@ func TestREADME(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	root, err := os.Getwd()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	for name, text := range map[string]string{
-		"go.mod":       "module stranger\n\ngo 1.25\n\nrequire offloadhook v0.0.0\n\nreplace offloadhook => " + root + "\n",
+	cmd := exec.CommandContext(t.Context(), "go", "test", ".")
+	cmd.Dir = userModule(t, map[string]string{
 		"main.go":      blocks[1][1],
 		"main_test.go": "package main\n\nimport (\n\"context\"\n\"testing\"\n\n\"offloadhook\"\n)\n\n" + blocks[2][1],
-	} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	cmd := exec.CommandContext(t.Context(), "go", "test", ".")
-	cmd.Dir = dir
+	})
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}

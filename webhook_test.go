@@ -8555,3 +8555,177 @@ func TestOrderFollows(t *testing.T) {
 		t.Errorf("%d claims are in order, of which 2 are alive", len(j.order))
 	}
 }
+
+// Three deliveries of a case at once: the third waits for the second, though the first is decided.
+func TestInboxThirdClaimIsNotOvertaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		answers := map[string]chan error{"evt_0": make(chan error), "evt_1": make(chan error), "evt_2": nil}
+		in := &fakeInbox{onClaim: func(_ context.Context, env *Envelope) error {
+			if answer := answers[env.EventID]; answer != nil {
+				return <-answer
+			}
+			return nil
+		}}
+		r := newRig(t, nil, WithInbox(in))
+		synctest.Wait() // it has caught up
+		first := r.deliverAsync("evt_0", "case_1")
+		synctest.Wait()
+		second := r.deliverAsync("evt_1", "case_1")
+		synctest.Wait()
+		answers["evt_0"] <- nil
+		<-first
+		third := r.deliverAsync("evt_2", "case_1")
+		synctest.Wait()
+		answers["evt_1"] <- nil
+		if !(<-second).fresh || !(<-third).fresh {
+			t.Error("not accepted")
+		}
+		synctest.Wait()
+		expectList(t, "callbacks", r.called(), "evt_0", "evt_1", "evt_2")
+	})
+}
+
+// What is over leaves nothing in memory.
+func TestInboxForgets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, nil, WithInbox(new(fakeInbox)))
+		synctest.Wait()
+		for i := range 100 {
+			r.deliver(t, fmt.Sprint("evt_", i), fmt.Sprint("case_", i))
+		}
+		synctest.Wait()
+		r.Receiver.mu.Lock()
+		defer r.Receiver.mu.Unlock()
+		expectEqual(t, "left in memory", len(r.tasks)+len(r.tails)+len(r.lastClaims)+len(r.ready)+len(r.room), 0)
+	})
+}
+
+// Of two stores the last counts, of whichever kind.
+func TestLastStoreCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := new(fakeInbox)
+		store := new(spyStore)
+		r := newRig(t, nil, WithInbox(in), WithDeduper(store))
+		r.deliver(t, "evt_1", "case_1")
+		synctest.Wait()
+		expectList(t, "store", store.noted(), "claim evt_1", "done evt_1 <nil>")
+		expectEqual(t, "readings of the Inbox", len(in.readings()), 0)
+	})
+}
+
+// What arrives during a long reading takes room, too: what finds none stays in the inbox, and is handled later.
+func TestInboxArrivalsTakeRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const backlog, events = 10, 100
+		in := &fakeInbox{onPending: func(int) error { time.Sleep(5 * time.Second); return nil }}
+		r := newRig(t, nil, WithInbox(in), WithBacklog(backlog))
+		time.Sleep(sweepEvery + time.Second) // the first reading is over, the second goes on
+		synctest.Wait()
+		for i := range events {
+			r.deliver(t, fmt.Sprint("evt_", i), "")
+		}
+		r.Receiver.mu.Lock()
+		if held := len(r.tasks); held == 0 || held > backlog {
+			t.Errorf("%d events in memory, want at most %d", held, backlog)
+		}
+		r.Receiver.mu.Unlock()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		expectEqual(t, "callbacks", len(r.called()), events)
+	})
+}
+
+// A reading fails while an event arrives behind one that it has not come to.
+func TestInboxFailedReadingIsNotOvertaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r *rig
+		in := new(fakeInbox)
+		in.onPending = func(call int) error {
+			if call != 2 {
+				return nil
+			}
+			r.deliver(t, "evt_1", "case_1")
+			return errTest
+		}
+		r = newRig(t, nil, WithInbox(in))
+		synctest.Wait() // it has caught up
+		in.change(func() { in.put("evt_0", "case_1") })
+		time.Sleep(sweepEvery + 2*storeRest)
+		synctest.Wait()
+		expectList(t, "callbacks", r.called(), "evt_0", "evt_1")
+	})
+}
+
+// An inbox that fails is not read anew for every event that ends.
+func TestFailingInboxRests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := &fakeInbox{goesOn: true, onPending: func(int) error { return errTest }}
+		for i := range 20 {
+			in.put(fmt.Sprint("evt_", i), "case_1")
+		}
+		r := newRig(t, func(context.Context, *Envelope) error { time.Sleep(10 * time.Millisecond); return nil }, WithInbox(in))
+		time.Sleep(storeRest - time.Millisecond)
+		synctest.Wait()
+		expectEqual(t, "callbacks", len(r.called()), 20)
+		expectEqual(t, "readings", len(in.readings()), 1)
+		time.Sleep(2 * time.Millisecond)
+		synctest.Wait()
+		expectEqual(t, "readings after the rest", len(in.readings()), 2)
+	})
+}
+
+// A claim that hangs holds up no later reading: a shared store renews its lease there.
+func TestHangingClaimAndReadings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		in := &fakeInbox{onClaim: func(context.Context, *Envelope) error { <-release; return nil }}
+		r := newRig(t, nil, WithInbox(in))
+		synctest.Wait() // it has caught up
+		first := r.deliverAsync("evt_1", "case_1")
+		time.Sleep(3*sweepEvery + time.Second)
+		expectEqual(t, "readings", len(in.readings()), 4)
+		close(release)
+		<-first
+		time.Sleep(sweepEvery)
+		synctest.Wait()
+		expectList(t, "callbacks", r.called(), "evt_1")
+	})
+}
+
+// Of a block of ids that compaction keeps, none is forgotten before its time.
+func TestBlockKeepsTheLastTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDisk().process()
+		j := openOn(t, d, 24*time.Hour)
+		for _, id := range []string{"evt_1", "evt_2"} {
+			if err := j.Done(t.Context(), journalClaimed(t, j, id), nil); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(10 * time.Hour)
+		}
+		j = openOn(t, d, 24*time.Hour) // which compacts
+		j = openOn(t, d, 24*time.Hour)
+		time.Sleep(13 * time.Hour) // 23 since evt_2 was done
+		j = openOn(t, d, 24*time.Hour)
+		if fresh, err := j.Claim(t.Context(), journalEvent("evt_2", 0, 0)); fresh || err != nil {
+			t.Errorf("Claim of evt_2: %t, %v, want a duplicate", fresh, err)
+		}
+	})
+}
+
+// A compaction that succeeds ends the waiting after one that failed.
+func TestSlackEnds(t *testing.T) {
+	d := newDisk().process()
+	j := openOn(t, d, 0)
+	journalClaimed(t, j, "evt_1")
+	d.failWhere(func(op, _ string) bool { return op == "rename" })
+	j.renewal.Lock()
+	j.compact()
+	if j.slack == 0 {
+		t.Fatal("it has not failed")
+	}
+	d.failWhere(func(string, string) bool { return false })
+	j.renewal.Lock()
+	j.compact()
+	expectEqual(t, "slack", j.slack, int64(0))
+}

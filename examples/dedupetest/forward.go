@@ -29,10 +29,28 @@ func claim(ctx context.Context, d offloadhook.Inbox, body string, want bool) err
 	return err
 }
 
-// Forwarded checks that the events of a case go to a when that has an unfinished one of it, and that the context with
-// which such an event is forwarded stands for its first claim only. The callback has that context, and so has who is told
-// that the event was given up; both may deliver with it. a and b are two owners of one storage, empty at first.
-func Forwarded(t *testing.T, a, b Forwarder) {
+// Forwarding checks what replicas owe each other that forward events. open returns two owners of one storage, which is
+// empty at first.
+func Forwarding(t *testing.T, open func(t *testing.T) (a, b Forwarder)) {
+	for name, check := range map[string]func(t *testing.T, a, b Forwarder){
+		"context":       forwardedContext,
+		"between pages": forwardedBetweenPages,
+		"anew":          forwardedAnew,
+		"held":          func(t *testing.T, a, b Forwarder) { forwardedInTurn(t, a, b, nil) },
+		"refused":       func(t *testing.T, a, b Forwarder) { forwardedInTurn(t, a, b, context.DeadlineExceeded) },
+		"closed":        forwardedClosed,
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, b := open(t)
+			check(t, a, b)
+		})
+	}
+}
+
+// forwardedContext checks that the events of a case go to a when that has an unfinished one of it, and that the context
+// with which such an event is forwarded stands for its first claim only. The callback has that context, and so has who is
+// told that the event was given up; both may deliver with it.
+func forwardedContext(t *testing.T, a, b Forwarder) {
 	const (
 		first   = `{"event_id":"evt_1","data":{"caseId":"case"}}`
 		second  = `{"event_id":"evt_2","data":{"caseId":"case"}}`
@@ -67,10 +85,10 @@ func Forwarded(t *testing.T, a, b Forwarder) {
 	}
 }
 
-// ForwardedBetweenPages checks that Pending is a snapshot where it is read in pages: two events of a case that are
+// forwardedBetweenPages checks that Pending is a snapshot where it is read in pages: two events of a case that are
 // forwarded to a when it has read the first page are not in it, or both are. If the later one were alone, it would
-// overtake. A page has less than 200 events. a and b are two owners of one storage, empty at first.
-func ForwardedBetweenPages(t *testing.T, a, b Forwarder) {
+// overtake. A page has less than 200 events.
+func forwardedBetweenPages(t *testing.T, a, b Forwarder) {
 	body := func(id, caseID string) string { return fmt.Sprintf(`{"event_id":%q,"data":{"caseId":%q}}`, id, caseID) }
 	ctx, cancel := context.WithTimeout(t.Context(), takeover)
 	defer cancel()
@@ -118,9 +136,9 @@ func ForwardedBetweenPages(t *testing.T, a, b Forwarder) {
 	}
 }
 
-// ForwardedAnew checks that an event which is given up as soon as it is forwarded, and claimed anew elsewhere, is
-// forwarded once more. a and b are two owners of one storage, empty at first.
-func ForwardedAnew(t *testing.T, a, b Forwarder) {
+// forwardedAnew checks that an event which is given up as soon as it is forwarded, and claimed anew elsewhere, is
+// forwarded once more.
+func forwardedAnew(t *testing.T, a, b Forwarder) {
 	const (
 		first  = `{"event_id":"evt_1","data":{"caseId":"case"}}`
 		second = `{"event_id":"evt_2","data":{"caseId":"case"}}`
@@ -153,5 +171,69 @@ func ForwardedAnew(t *testing.T, a, b Forwarder) {
 		case <-ctx.Done():
 			t.Fatal("it is not forwarded")
 		}
+	}
+}
+
+// forwardedInTurn checks that an event waits for the one before it in its case when that is not taken: because another
+// delivery of it is on its way, or with an error.
+func forwardedInTurn(t *testing.T, a, b Forwarder, refusal error) {
+	ctx, cancel := context.WithTimeout(t.Context(), takeover)
+	defer cancel()
+	bodies := []string{
+		`{"event_id":"evt_0","data":{"caseId":"case"}}`,
+		`{"event_id":"evt_1","data":{"caseId":"case"}}`,
+		`{"event_id":"evt_2","data":{"caseId":"case"}}`,
+	}
+	for i, d := range []Forwarder{a, b, b} {
+		if err := claim(ctx, d, bodies[i], i == 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	forwarded := make(chan string, 100)
+	first := true
+	a.Forward(func(_ context.Context, body []byte) (bool, error) {
+		forwarded <- string(body)
+		if first {
+			first = false
+			return false, refusal
+		}
+		return true, nil
+	})
+	for _, i := range []int{1, 1, 2} {
+		select {
+		case got := <-forwarded:
+			if got != bodies[i] {
+				t.Fatalf("forwarded is %s, want evt_%d", got, i)
+			}
+		case <-ctx.Done():
+			t.Fatal("not all is forwarded")
+		}
+	}
+}
+
+// forwardedClosed checks that a receiver which shuts down is not asked again, and that Pending has what it was to get.
+func forwardedClosed(t *testing.T, a, b Forwarder) {
+	ctx, cancel := context.WithTimeout(t.Context(), takeover)
+	defer cancel()
+	var calls atomic.Int32
+	a.Forward(func(context.Context, []byte) (bool, error) {
+		calls.Add(1)
+		return false, offloadhook.ErrClosed
+	})
+	err := errors.Join(claim(ctx, a, `{"event_id":"evt_0","data":{"caseId":"case"}}`, true),
+		claim(ctx, b, `{"event_id":"evt_1","data":{"caseId":"case"}}`, false))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for found := false; !found; time.Sleep(time.Second) { // the last time, so that it could be asked again
+		for env, err := range a.Pending(ctx) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			found = found || env.EventID == "evt_1"
+		}
+	}
+	if n := calls.Load(); n != 1 {
+		t.Errorf("a closed receiver is asked %d times", n)
 	}
 }

@@ -351,16 +351,51 @@ func forwardAll(t *testing.T, in *Inbox, ids ...string) {
 	}
 }
 
-func TestForwarded(t *testing.T) {
-	for name, test := range map[string]func(t *testing.T, a, b dedupetest.Forwarder){
-		"context":       dedupetest.Forwarded,
-		"between pages": dedupetest.ForwardedBetweenPages,
-		"anew":          dedupetest.ForwardedAnew,
-	} {
-		t.Run(name, func(t *testing.T) {
-			url := pgtest.EmptySchema(t)
-			test(t, newInbox(t, url, never), newInbox(t, url, never))
-		})
+func TestForwarding(t *testing.T) {
+	dedupetest.Forwarding(t, func(t *testing.T) (a, b dedupetest.Forwarder) {
+		url := pgtest.EmptySchema(t)
+		return newInbox(t, url, never), newInbox(t, url, never)
+	})
+}
+
+// TestLooks finds an owner's lock free, and its owner alive after all: only one that was found so six times in a row is
+// a dead one's.
+func TestLooks(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	in, other := newInbox(t, url, never), newInbox(t, url, never)
+	mustClaim(t, other, "evt_1", "case")
+	other.die()
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	lock := func(call string) {
+		if _, err := conn.Exec(t.Context(), `SELECT `+call+`($1, $2)`, int32(in.table), other.owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lock("pg_advisory_lock") // waits until the server has noticed
+	lock("pg_advisory_unlock")
+	free := make(map[int32]int)
+	look := func(n int) {
+		for range n {
+			if err := in.tidy(t.Context(), conn, free); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	look(deathLooks - 1)
+	lock("pg_advisory_lock")
+	look(1)
+	lock("pg_advisory_unlock")
+	look(deathLooks - 1)
+	if got := pendingIDs(t, in); len(got) > 0 {
+		t.Errorf("after %d looks in a row %q is taken over", deathLooks-1, got)
+	}
+	look(1)
+	if got := pendingIDs(t, in); !slices.Equal(got, []string{"evt_1"}) {
+		t.Errorf("after %d looks in a row: %q", deathLooks, got)
 	}
 }
 
@@ -474,7 +509,9 @@ func TestStuckClaim(t *testing.T) {
 	mustClaim(t, dead, "evt_dead", "case_dead")
 	mustClaim(t, dead, "evt_rested", "case_rested")
 	mustDone(t, dead, "evt_rested", errors.New("given up"))
-	for setting, want := range map[string]string{"tcp_keepalives_idle": "5", "tcp_user_timeout": "20000"} {
+	for setting, want := range map[string]string{
+		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3", "tcp_user_timeout": "20000",
+	} {
 		var got string
 		if err := in.pool.QueryRow(t.Context(), "SHOW "+setting).Scan(&got); got != want || err != nil {
 			t.Errorf("connections of a machine that has vanished stay: %s is %q, %v", setting, got, err)

@@ -446,17 +446,11 @@ func TestOneHeir(t *testing.T) {
 	s.Do(t, "ZSCORE", prefix+"owners", first.owner) // fails where nobody would find its events
 }
 
-func TestForwarded(t *testing.T) {
-	for name, test := range map[string]func(t *testing.T, a, b dedupetest.Forwarder){
-		"context":       dedupetest.Forwarded,
-		"between pages": dedupetest.ForwardedBetweenPages,
-		"anew":          dedupetest.ForwardedAnew,
-	} {
-		t.Run(name, func(t *testing.T) {
-			s := redistest.New(t)
-			test(t, newInbox(t, s, soon), newInbox(t, s, soon))
-		})
-	}
+func TestForwarding(t *testing.T) {
+	dedupetest.Forwarding(t, func(t *testing.T) (a, b dedupetest.Forwarder) {
+		s := redistest.New(t)
+		return newInbox(t, s, soon), newInbox(t, s, soon)
+	})
 }
 
 // TestSlowPage forwards large events over a slow way: the time for the page does not count.
@@ -470,6 +464,7 @@ func TestSlowPage(t *testing.T) {
 	defer a.Close()
 	a.die() // so that nothing is forwarded but here
 	b := newInbox(t, s, renewEvery)
+	b.die() // and nothing taken over
 	mustClaim(t, a, "evt_0", "case")
 	for i := range 16 {
 		body := fmt.Appendf(nil, `{"event_id":"evt_%d","data":{"caseId":"case","text":"%065536d"}}`, i+1, 0)
@@ -497,6 +492,7 @@ func TestHandEnds(t *testing.T) {
 	s := redistest.New(t)
 	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
 	a.die() // so that nothing is forwarded but here
+	b.die() // and nothing taken over
 	mustClaim(t, a, "evt_0", "case")
 	for _, id := range []string{"evt_1", "evt_2", "evt_3"} {
 		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
@@ -644,42 +640,116 @@ func TestHangingDial(t *testing.T) {
 			for score() == before && time.Since(start) < patience {
 				time.Sleep(soon / 4)
 			}
-			if took := time.Since(start); took > timeout+renewEvery/2 { // in seven an owner is dead
+			if took := time.Since(start); took > timeout+3*renewEvery/2 { // in seven an owner is dead
 				t.Errorf("the lease is renewed after %v", took)
 			}
 		})
 	}
 }
 
-// TestHeld forwards an event while another delivery of it is on its way: those after it in its case wait.
-func TestHeld(t *testing.T) {
+// TestOwnLease: an owner whose own lease is over, since only its renewal hangs, takes over nothing from itself.
+func TestOwnLease(t *testing.T) {
+	s := redistest.New(t)
+	in := newInbox(t, s, soon)
+	in.die() // so that nothing looks but this test
+	mustClaim(t, in, "evt_1", "case")
+	s.Do(t, "ZADD", prefix+"owners", 1, in.owner)
+	var seen map[lease]int
+	for range deathLooks + 1 {
+		seen = in.bury(t.Context(), seen)
+	}
+	if n := s.Do(t, "ZCARD", prefix+"new:"+in.owner); n != int64(0) {
+		t.Errorf("%v of its own events are new to it", n)
+	}
+	s.Do(t, "ZSCORE", prefix+"owners", in.owner) // fails where nobody would find its events
+}
+
+// TestBuryWaits: nothing is inherited while events are forwarded.
+func TestBuryWaits(t *testing.T) {
+	s := redistest.New(t)
+	in, dead := newInbox(t, s, soon), newInbox(t, s, soon)
+	in.die() // so that nothing looks but this test
+	dead.die()
+	mustClaim(t, dead, "evt_1", "case")
+	s.Do(t, "ZADD", prefix+"owners", 0, dead.owner)
+	in.handing.Lock()
+	buried := make(chan struct{})
+	go func() { in.bury(t.Context(), nil); close(buried) }()
+	select {
+	case <-buried:
+		t.Error("it does not wait")
+	case <-time.After(200 * time.Millisecond): // far longer than it takes
+	}
+	in.handing.Unlock()
+	<-buried
+	if got := pendingIDs(t, in); !slices.Equal(got, []string{"evt_1"}) {
+		t.Errorf("taken over is %q", got)
+	}
+}
+
+// TestForwardPages reads no more than about a megabyte at once.
+func TestForwardPages(t *testing.T) {
+	s := redistest.New(t)
+	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
+	mustClaim(t, a, "evt_0", "case")
+	text := strings.Repeat("x", 600<<10)
+	var want []string
+	for i := range 5 {
+		id := fmt.Sprint("evt_", i+1)
+		want = append(want, id)
+		env := newEvent(id, "case")
+		env.Raw = fmt.Appendf(nil, `{"event_id":%q,"data":{"caseId":"case","text":%q}}`, id, text)
+		if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
+			t.Fatal(fresh, err)
+		}
+	}
+	if _, page, err := a.page(t.Context(), "new", "0", "+inf"); len(page) != 2 || err != nil {
+		t.Errorf("%d events in a page, want 2: %v", len(page), err)
+	}
+	forwardAll(t, a, want...)
+}
+
+// TestForwardLostBody forwards what comes behind an event that the server has dropped; Pending reports that.
+func TestForwardLostBody(t *testing.T) {
 	s := redistest.New(t)
 	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
 	mustClaim(t, a, "evt_0", "case")
 	for _, id := range []string{"evt_1", "evt_2"} {
 		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
-			t.Errorf("%s, at another replica: %t, %v", id, fresh, err)
+			t.Fatal(fresh, err)
 		}
 	}
-	var delivered []string
-	all := make(chan struct{})
-	a.Forward(func(_ context.Context, body []byte) (fresh bool, err error) {
-		env, err := offloadhook.ParseEnvelope(body)
+	s.Do(t, "DEL", prefix+"event:evt_1")
+	forwardAll(t, a, "evt_2")
+	reported := 0
+	for _, err := range a.Pending(t.Context()) {
 		if err != nil {
-			return false, err
+			reported++
 		}
-		if delivered = append(delivered, env.EventID); len(delivered) == 3 {
-			close(all)
-		}
-		return len(delivered) > 1, nil
-	})
-	select {
-	case <-all:
-	case <-time.After(patience):
-		t.Fatal("not all is forwarded")
 	}
-	if want := []string{"evt_1", "evt_1", "evt_2"}; !slices.Equal(delivered, want) {
-		t.Errorf("forwarded are %q, want %q", delivered, want)
+	if reported != 1 {
+		t.Errorf("it is reported %d times", reported)
+	}
+}
+
+// TestInheritedCase: after a takeover a case belongs to the heir.
+func TestInheritedCase(t *testing.T) {
+	s := redistest.New(t)
+	heir, other, dead := newInbox(t, s, soon), newInbox(t, s, soon), newInbox(t, s, soon)
+	for _, in := range []*Inbox{heir, other, dead} {
+		in.die() // so that nothing looks but this test
+	}
+	mustClaim(t, dead, "evt_1", "case")
+	s.Do(t, "ZADD", prefix+"owners", 0, dead.owner)
+	heir.bury(t.Context(), nil)
+	if got := pendingIDs(t, heir); !slices.Equal(got, []string{"evt_1"}) {
+		t.Fatalf("taken over is %q", got)
+	}
+	if fresh, err := other.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
+		t.Errorf("evt_2, at another replica than evt_1: %t, %v", fresh, err)
+	}
+	if got := pendingIDs(t, heir); !slices.Equal(got, []string{"evt_1", "evt_2"}) {
+		t.Errorf("the heir has %q", got)
 	}
 }
 
