@@ -53,7 +53,7 @@ type Inbox interface {
 }
 
 // Memory is the Deduper that a Handler has by default: it remembers ids in the process, at about 60 bytes each, and
-// forgets them when it ends. The zero value is ready to use. Set the fields before the first call. Its methods are
+// forgets them when that ends. The zero value is ready to use. Set the fields before the first call. Its methods are
 // safe for concurrent use and return no errors.
 type Memory struct {
 	TTL   time.Duration // how long a handled id is remembered, rounded up to a full second; 0 means 24 hours
@@ -229,10 +229,10 @@ type group struct {
 // errNew marks a file that is not in use yet: it is empty, and its name may not be durable.
 var errNew = errors.New("offloadhook: journal: the file is new")
 
-// OpenJournal opens the journal in dir and takes over from a Journal that uses it. It makes files with mode 0600 and, if
-// need be, dir with 0700, since payloads are your customers' data; Windows has no such modes. Events are kept until they
-// are done, and then their ids for at least retention, counted from the first time if one is handled anew after that; 0
-// means 30 days. An error names the file and the step that failed.
+// OpenJournal opens the journal in dir and takes over from a Journal that uses it. It makes files with mode 0600 and,
+// if need be, dir with 0700, since payloads are your customers' data; Windows has no such modes. Events are kept until
+// they are done, and then their ids for at least retention, counted from the first time if one is handled anew after
+// that; 0 means 30 days. An error names the file and the step that failed.
 func OpenJournal(dir string, retention time.Duration) (*Journal, error) {
 	return openJournal(osDisk{}, dir, retention)
 }

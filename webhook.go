@@ -214,7 +214,8 @@ func WithBacklog(n int) Option {
 
 // WithRetry sets how often a callback is called at most, and how long it rests after its first failure. The rest
 // doubles with each failure, up to an hour, with a jitter of a quarter. The default of 8 and 1 s takes about two
-// minutes; 1 means never retry. Then the event is given up; an Inbox brings it back until it is handled.
+// minutes; 1 means never retry. After the last attempt the event is given up; an Inbox brings it back until it is
+// handled.
 func WithRetry(attempts int, backoff time.Duration) Option {
 	return optionIf(attempts > 0 && backoff >= 0, "WithRetry wants at least 1 attempt and no negative backoff",
 		func(r *Receiver) { r.attempts, r.backoff = attempts, backoff })
@@ -980,7 +981,7 @@ func (r *Receiver) readInbox() {
 	caughtUp := whole && !passedOver && !(failing && (wasBehind || len(r.arrivals) > 0))
 	r.behind = r.behind || !caughtUp
 	for _, t := range r.arrivals {
-		if t.state != arrived { // Shutdown has dropped it
+		if t.state != arrived { // Shutdown or abandon has dropped it
 			continue
 		}
 		if r.behind = r.behind || !r.room.take(); r.behind {

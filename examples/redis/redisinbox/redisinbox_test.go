@@ -462,7 +462,7 @@ func TestSlowPage(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer a.Close()
-	a.die() // so that nothing is forwarded but here
+	a.die() // so that nothing else holds handing
 	b := newInbox(t, s, renewEvery)
 	b.die() // and nothing taken over
 	mustClaim(t, a, "evt_0", "case")
@@ -491,7 +491,7 @@ func TestSlowPage(t *testing.T) {
 func TestHandEnds(t *testing.T) {
 	s := redistest.New(t)
 	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
-	a.die() // so that nothing is forwarded but here
+	a.die() // so that nothing else holds handing
 	b.die() // and nothing taken over
 	mustClaim(t, a, "evt_0", "case")
 	for _, id := range []string{"evt_1", "evt_2", "evt_3"} {
@@ -591,10 +591,10 @@ func (p *proxy) cut(hangs bool) {
 	p.conns = nil
 }
 
-// TestSlowServer: an owner renews its lease where an answer takes a third of a second, and a new connection some.
+// TestSlowServer: an owner renews its lease where an answer takes more than half a second, and a new connection some.
 func TestSlowServer(t *testing.T) {
 	s := redistest.New(t)
-	url := "redis://" + newProxy(t, s, 350*time.Millisecond, nil).listener.Addr().String()
+	url := "redis://" + newProxy(t, s, 600*time.Millisecond, nil).listener.Addr().String()
 	a, err := open(t.Context(), url, 0, 2*soon, checkDurable)
 	if err != nil {
 		t.Fatal(err)
@@ -605,6 +605,20 @@ func TestSlowServer(t *testing.T) {
 	for start := time.Now(); time.Since(start) < 2*(leaseBeats+deathLooks)*2*soon; time.Sleep(soon) {
 		if ids := pendingIDs(t, b); len(ids) > 0 {
 			t.Fatalf("%q is taken over from an owner that lives", ids)
+		}
+	}
+}
+
+// TestRenewalOfTheVolatile: an owner that has to connect anew to a server which has become volatile keeps what it holds.
+func TestRenewalOfTheVolatile(t *testing.T) {
+	s := redistest.New(t)
+	in := newInbox(t, s, soon)
+	s.Do(t, "CONFIG", "SET", "appendfsync", "everysec")
+	s.Do(t, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+	score := func() any { return s.Do(t, "ZSCORE", prefix+"owners", in.owner) }
+	for start, before := time.Now(), score(); score() == before; time.Sleep(soon) {
+		if time.Since(start) > patience {
+			t.Fatal("the lease is not renewed")
 		}
 	}
 }
