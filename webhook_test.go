@@ -2199,12 +2199,19 @@ func TestShutdownUnderLoad(t *testing.T) {
 	}
 }
 
-// ourGoroutines counts the goroutines that run, or were started by, a receiver.
+// ourGoroutines counts the goroutines of this bubble that run, or were started by, a receiver. Others may be those of
+// receivers that a test has abandoned: such a one reads its inbox every 10 s.
 func ourGoroutines() (n int) {
 	stacks := make([]byte, 4<<20)
 	stacks = stacks[:runtime.Stack(stacks, true)]
+	own, _, _ := strings.Cut(string(stacks), "\n")
+	_, bubble, found := strings.Cut(own, ", synctest bubble ")
+	if !found {
+		panic("not in a bubble: " + own)
+	}
 	for stack := range strings.SplitSeq(string(stacks), "\n\n") {
-		if strings.Contains(stack, "offloadhook.(*Receiver)") {
+		head, _, _ := strings.Cut(stack, "\n")
+		if strings.HasSuffix(head, ", synctest bubble "+bubble) && strings.Contains(stack, "offloadhook.(*Receiver)") {
 			n++
 		}
 	}
