@@ -595,14 +595,14 @@ func (p *proxy) cut(hangs bool) {
 func TestSlowServer(t *testing.T) {
 	s := redistest.New(t)
 	url := "redis://" + newProxy(t, s, 600*time.Millisecond, nil).listener.Addr().String()
-	a, err := open(t.Context(), url, 0, 2*soon, checkDurable)
+	a, err := open(t.Context(), url, 0, 3*soon, checkDurable)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer a.Close()
-	b := newInbox(t, s, 2*soon)
+	b := newInbox(t, s, 3*soon)
 	mustClaim(t, a, "evt_1", "case")
-	for start := time.Now(); time.Since(start) < 2*(leaseBeats+deathLooks)*2*soon; time.Sleep(soon) {
+	for start := time.Now(); time.Since(start) < 2*(leaseBeats+deathLooks)*3*soon; time.Sleep(soon) {
 		if ids := pendingIDs(t, b); len(ids) > 0 {
 			t.Fatalf("%q is taken over from an owner that lives", ids)
 		}
