@@ -7265,8 +7265,10 @@ func TestPendingIsASnapshot(t *testing.T) {
 	d.onSync(func() { close(syncing); <-goOn })
 	claimed := make(chan bool)
 	go func() {
-		journalClaimed(t, j, "evt_1")
-		close(claimed)
+		defer close(claimed)
+		if fresh, err := j.Claim(t.Context(), journalEvent("evt_1", 0, 0)); !fresh || err != nil {
+			t.Errorf("claiming evt_1: %v, %v", fresh, err)
+		}
 	}()
 	<-syncing
 	var ids []string
@@ -8566,7 +8568,7 @@ func TestOrderFollows(t *testing.T) {
 // Three deliveries of a case at once: the third waits for the second, though the first is decided.
 func TestInboxThirdClaimIsNotOvertaken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		answers := map[string]chan error{"evt_0": make(chan error), "evt_1": make(chan error), "evt_2": nil}
+		answers := map[string]chan error{"evt_0": make(chan error), "evt_1": make(chan error)}
 		in := &fakeInbox{onClaim: func(_ context.Context, env *Envelope) error {
 			if answer := answers[env.EventID]; answer != nil {
 				return <-answer
@@ -8730,7 +8732,7 @@ func TestSlackEnds(t *testing.T) {
 	if j.slack == 0 {
 		t.Fatal("it has not failed")
 	}
-	d.failWhere(func(string, string) bool { return false })
+	d.hook = nil
 	j.renewal.Lock()
 	j.compact()
 	expectEqual(t, "slack", j.slack, int64(0))

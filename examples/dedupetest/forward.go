@@ -19,6 +19,22 @@ type Forwarder interface {
 	Forward(deliver func(ctx context.Context, body []byte) (fresh bool, err error))
 }
 
+// ofCase returns the body of an event.
+func ofCase(caseID, id string) string {
+	return fmt.Sprintf(`{"event_id":%q,"data":{"caseId":%q}}`, id, caseID)
+}
+
+// receive returns what comes next.
+func receive[T any](ctx context.Context, t *testing.T, from <-chan T) (got T) {
+	t.Helper()
+	select {
+	case got = <-from:
+	case <-ctx.Done():
+		t.Fatal("not all is forwarded")
+	}
+	return got
+}
+
 // claim claims the event of body, which has to be new, or not, to d.
 func claim(ctx context.Context, d offloadhook.Inbox, body string, want bool) error {
 	env := parse([]byte(body))
@@ -51,12 +67,8 @@ func Forwarding(t *testing.T, open func(t *testing.T) (a, b Forwarder)) {
 // with which such an event is forwarded stands for its first claim only. The callback has that context, and so has who is
 // told that the event was given up; both may deliver with it.
 func forwardedContext(t *testing.T, a, b Forwarder) {
-	const (
-		first   = `{"event_id":"evt_1","data":{"caseId":"case"}}`
-		second  = `{"event_id":"evt_2","data":{"caseId":"case"}}`
-		another = `{"event_id":"evt_3","data":{"caseId":"another case"}}`
-		alike   = `{"event_id":"evt_4","data":{"caseId":"case","CaseID":"another"}}`
-	)
+	first, second, another := ofCase("case", "evt_1"), ofCase("case", "evt_2"), ofCase("another case", "evt_3")
+	const alike = `{"event_id":"evt_4","data":{"caseId":"case","CaseID":"another"}}`
 	ctx, cancel := context.WithTimeout(t.Context(), takeover)
 	defer cancel()
 	if err := errors.Join(claim(ctx, a, first, true), claim(ctx, b, second, false)); err != nil {
@@ -72,13 +84,8 @@ func forwardedContext(t *testing.T, a, b Forwarder) {
 		claimed <- err
 		return err == nil, err
 	})
-	select {
-	case err := <-claimed:
-		if err != nil {
-			t.Error(err)
-		}
-	case <-ctx.Done():
-		t.Fatal("nothing is forwarded")
+	if err := receive(ctx, t, claimed); err != nil {
+		t.Error(err)
 	}
 	if err := claim(ctx, b, alike, false); err != nil {
 		t.Error(err)
@@ -89,7 +96,6 @@ func forwardedContext(t *testing.T, a, b Forwarder) {
 // forwarded to a when it has read the first page are not in it, or both are. If the later one were alone, it would
 // overtake. A page has less than 200 events.
 func forwardedBetweenPages(t *testing.T, a, b Forwarder) {
-	body := func(id, caseID string) string { return fmt.Sprintf(`{"event_id":%q,"data":{"caseId":%q}}`, id, caseID) }
 	ctx, cancel := context.WithTimeout(t.Context(), takeover)
 	defer cancel()
 	var open atomic.Bool
@@ -101,11 +107,11 @@ func forwardedBetweenPages(t *testing.T, a, b Forwarder) {
 		forwarded <- true
 		return true, nil
 	})
-	err := errors.Join(claim(ctx, a, body("evt_0", "case"), true), claim(ctx, b, body("evt_1", "case"), false))
+	err := errors.Join(claim(ctx, a, ofCase("case", "evt_0"), true), claim(ctx, b, ofCase("case", "evt_1"), false))
 	for i := range 200 {
-		err = errors.Join(err, claim(ctx, a, body(fmt.Sprint("evt_of_a_", i), ""), true))
+		err = errors.Join(err, claim(ctx, a, ofCase("", fmt.Sprint("evt_of_a_", i)), true))
 	}
-	if err = errors.Join(err, claim(ctx, b, body("evt_2", "case"), false)); err != nil {
+	if err = errors.Join(err, claim(ctx, b, ofCase("case", "evt_2"), false)); err != nil {
 		t.Fatal(err)
 	}
 	left := 2
@@ -139,10 +145,7 @@ func forwardedBetweenPages(t *testing.T, a, b Forwarder) {
 // forwardedAnew checks that an event which is given up as soon as it is forwarded, and claimed anew elsewhere, is
 // forwarded once more.
 func forwardedAnew(t *testing.T, a, b Forwarder) {
-	const (
-		first  = `{"event_id":"evt_1","data":{"caseId":"case"}}`
-		second = `{"event_id":"evt_2","data":{"caseId":"case"}}`
-	)
+	first, second := ofCase("case", "evt_1"), ofCase("case", "evt_2")
 	ctx, cancel := context.WithTimeout(t.Context(), takeover)
 	defer cancel()
 	for _, err := range a.Pending(ctx) { // what is given up from now on rests
@@ -163,13 +166,8 @@ func forwardedAnew(t *testing.T, a, b Forwarder) {
 		return err == nil, err
 	})
 	for range 2 {
-		select {
-		case err := <-claimed:
-			if err != nil {
-				t.Error(err)
-			}
-		case <-ctx.Done():
-			t.Fatal("it is not forwarded")
+		if err := receive(ctx, t, claimed); err != nil {
+			t.Error(err)
 		}
 	}
 }
@@ -179,11 +177,7 @@ func forwardedAnew(t *testing.T, a, b Forwarder) {
 func forwardedInTurn(t *testing.T, a, b Forwarder, refusal error) {
 	ctx, cancel := context.WithTimeout(t.Context(), takeover)
 	defer cancel()
-	bodies := []string{
-		`{"event_id":"evt_0","data":{"caseId":"case"}}`,
-		`{"event_id":"evt_1","data":{"caseId":"case"}}`,
-		`{"event_id":"evt_2","data":{"caseId":"case"}}`,
-	}
+	bodies := []string{ofCase("case", "evt_0"), ofCase("case", "evt_1"), ofCase("case", "evt_2")}
 	for i, d := range []Forwarder{a, b, b} {
 		if err := claim(ctx, d, bodies[i], i == 0); err != nil {
 			t.Fatal(err)
@@ -200,13 +194,8 @@ func forwardedInTurn(t *testing.T, a, b Forwarder, refusal error) {
 		return true, nil
 	})
 	for _, i := range []int{1, 1, 2} {
-		select {
-		case got := <-forwarded:
-			if got != bodies[i] {
-				t.Fatalf("forwarded is %s, want evt_%d", got, i)
-			}
-		case <-ctx.Done():
-			t.Fatal("not all is forwarded")
+		if got := receive(ctx, t, forwarded); got != bodies[i] {
+			t.Fatalf("forwarded is %s, want evt_%d", got, i)
 		}
 	}
 }
@@ -220,8 +209,8 @@ func forwardedClosed(t *testing.T, a, b Forwarder) {
 		calls.Add(1)
 		return false, offloadhook.ErrClosed
 	})
-	err := errors.Join(claim(ctx, a, `{"event_id":"evt_0","data":{"caseId":"case"}}`, true),
-		claim(ctx, b, `{"event_id":"evt_1","data":{"caseId":"case"}}`, false))
+	err := errors.Join(claim(ctx, a, ofCase("case", "evt_0"), true),
+		claim(ctx, b, ofCase("case", "evt_1"), false))
 	if err != nil {
 		t.Fatal(err)
 	}

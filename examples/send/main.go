@@ -339,7 +339,8 @@ func pace(ctx context.Context, plan []int, rate float64, next chan<- int) {
 	start := time.Now()
 	for k, i := range plan {
 		if rate > 0 {
-			due := time.NewTimer(time.Until(start.Add(time.Duration(min(float64(k)/rate, 1e9) * 1e9))))
+			seconds := min(float64(k)/rate, 1e9) // a Duration holds nine times that
+			due := time.NewTimer(time.Until(start.Add(time.Duration(seconds * float64(time.Second)))))
 			select {
 			case <-due.C:
 			case <-ctx.Done():

@@ -308,9 +308,7 @@ func TestOneOwnerPerCase(t *testing.T) {
 	a, b := newInbox(t, url, never), newInbox(t, url, never)
 	mustClaim(t, a, "evt_1", "case")
 	for _, id := range []string{"evt_2", "evt_3"} {
-		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
-			t.Errorf("%s, at another replica than evt_1: %t, %v", id, fresh, err)
-		}
+		mustGive(t, b, newEvent(id, "case"))
 	}
 	// At the replica that has evt_1, too, the next event has to wait until its receiver knows of those between.
 	if fresh, err := a.Claim(t.Context(), newEvent("evt_4", "case")); fresh || err != nil {
@@ -411,9 +409,7 @@ func TestForwardPages(t *testing.T) {
 		want = append(want, id)
 		env := newEvent(id, "case")
 		env.Raw = fmt.Appendf(nil, `{"event_id":%q,"data":{"caseId":"case","text":%q}}`, id, text)
-		if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
-			t.Fatal(fresh, err)
-		}
+		mustGive(t, b, env)
 	}
 	if page, err := a.read(t.Context(), "NOT handed"); len(page) != 2 || err != nil {
 		t.Errorf("%d events in a page, want 2: %v", len(page), err)
@@ -431,9 +427,7 @@ func TestForwardOrder(t *testing.T) {
 	for i := range pageSize {
 		caseID := fmt.Sprint("case_", i)
 		mustClaim(t, a, fmt.Sprint("evt_a", i), caseID)
-		if fresh, err := b.Claim(t.Context(), newEvent(fmt.Sprint("evt_b", i), caseID)); fresh || err != nil {
-			t.Fatal(fresh, err)
-		}
+		mustGive(t, b, newEvent(fmt.Sprint("evt_b", i), caseID))
 	}
 	mustClaim(t, dead, "evt_second", "case")
 	ofCase := make(chan string, 2)
@@ -470,9 +464,7 @@ func TestHandEnds(t *testing.T) {
 	a, b := newInbox(t, url, never), newInbox(t, url, never)
 	mustClaim(t, a, "evt_0", "case")
 	for _, id := range []string{"evt_1", "evt_2", "evt_3"} {
-		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
-			t.Fatal(fresh, err)
-		}
+		mustGive(t, b, newEvent(id, "case"))
 	}
 	forwarded := 0
 	deliver := func(context.Context, []byte) (bool, error) {
@@ -660,9 +652,7 @@ func TestPendingWaitsForForward(t *testing.T) {
 		}
 		return true, nil
 	})
-	if fresh, err := b.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
-		t.Fatalf("evt_2, at another replica than evt_1: %t, %v", fresh, err)
-	}
+	mustGive(t, b, newEvent("evt_2", "case"))
 	if <-early {
 		t.Error("Pending did not wait")
 	}

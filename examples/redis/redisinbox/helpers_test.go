@@ -52,6 +52,14 @@ func mustClaim(t *testing.T, in *Inbox, id, caseID string) {
 	}
 }
 
+// mustGive claims an event of a case that is another owner's.
+func mustGive(t *testing.T, in *Inbox, env *offloadhook.Envelope) {
+	t.Helper()
+	if fresh, err := in.Claim(t.Context(), env); fresh || err != nil {
+		t.Fatalf("Claim of %s, of another owner's case: %t, %v", env.EventID, fresh, err)
+	}
+}
+
 func mustDone(t *testing.T, in *Inbox, id string, result error) {
 	t.Helper()
 	if err := in.Done(t.Context(), newEvent(id, ""), result); err != nil {

@@ -313,9 +313,7 @@ func TestOneOwnerPerCase(t *testing.T) {
 	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
 	mustClaim(t, a, "evt_1", "case")
 	for _, id := range []string{"evt_2", "evt_3"} {
-		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
-			t.Errorf("%s, at another replica than evt_1: %t, %v", id, fresh, err)
-		}
+		mustGive(t, b, newEvent(id, "case"))
 	}
 	// At the replica that has evt_1, too, the next event has to wait until its receiver knows of those between.
 	if fresh, err := a.Claim(t.Context(), newEvent("evt_4", "case")); fresh || err != nil {
@@ -410,8 +408,14 @@ func TestBusyPool(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	awaitRenewal(t, s, in)
+}
+
+// awaitRenewal waits until the lease of in is renewed.
+func awaitRenewal(t *testing.T, s *redistest.Server, in *Inbox) {
+	t.Helper()
 	score := func() any { return s.Do(t, "ZSCORE", prefix+"owners", in.owner) }
-	for start, before := time.Now(), score(); score() == before; time.Sleep(soon) {
+	for start, before := time.Now(), score(); score() == before; time.Sleep(soon / 4) {
 		if time.Since(start) > patience {
 			t.Fatal("the lease is not renewed")
 		}
@@ -456,8 +460,7 @@ func TestForwarding(t *testing.T) {
 // TestSlowPage forwards large events over a slow way: the time for the page does not count.
 func TestSlowPage(t *testing.T) {
 	s := redistest.New(t)
-	url := "redis://" + newProxy(t, s, giveWay/10, nil).listener.Addr().String()
-	a, err := open(t.Context(), url, 0, renewEvery, checkDurable)
+	a, err := open(t.Context(), newProxy(t, s, giveWay/10, nil).url(), 0, renewEvery, checkDurable)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -472,9 +475,7 @@ func TestSlowPage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
-			t.Fatal(fresh, err)
-		}
+		mustGive(t, b, env)
 	}
 	forwarded := 0
 	start := time.Now()
@@ -495,9 +496,7 @@ func TestHandEnds(t *testing.T) {
 	b.die() // and nothing taken over
 	mustClaim(t, a, "evt_0", "case")
 	for _, id := range []string{"evt_1", "evt_2", "evt_3"} {
-		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
-			t.Fatal(fresh, err)
-		}
+		mustGive(t, b, newEvent(id, "case"))
 	}
 	forwarded := 0
 	deliver := func(context.Context, []byte) (bool, error) {
@@ -558,6 +557,13 @@ func newProxy(t *testing.T, s *redistest.Server, slow time.Duration, secure *tls
 	return p
 }
 
+func (p *proxy) url() string {
+	if p.secure != nil {
+		return "rediss://" + p.listener.Addr().String() + "?skip_verify=true"
+	}
+	return "redis://" + p.listener.Addr().String()
+}
+
 func (p *proxy) serve(conn net.Conn) {
 	if p.secure != nil {
 		conn = tls.Server(conn, p.secure)
@@ -594,8 +600,7 @@ func (p *proxy) cut(hangs bool) {
 // TestSlowServer: an owner renews its lease where an answer takes more than half a second, and a new connection some.
 func TestSlowServer(t *testing.T) {
 	s := redistest.New(t)
-	url := "redis://" + newProxy(t, s, 600*time.Millisecond, nil).listener.Addr().String()
-	a, err := open(t.Context(), url, 0, 3*soon, checkDurable)
+	a, err := open(t.Context(), newProxy(t, s, 600*time.Millisecond, nil).url(), 0, 3*soon, checkDurable)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -615,12 +620,7 @@ func TestRenewalOfTheVolatile(t *testing.T) {
 	in := newInbox(t, s, soon)
 	s.Do(t, "CONFIG", "SET", "appendfsync", "everysec")
 	s.Do(t, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-	score := func() any { return s.Do(t, "ZSCORE", prefix+"owners", in.owner) }
-	for start, before := time.Now(), score(); score() == before; time.Sleep(soon) {
-		if time.Since(start) > patience {
-			t.Fatal("the lease is not renewed")
-		}
-	}
+	awaitRenewal(t, s, in)
 }
 
 // TestHangingDial cuts off an owner for so long that what it dials hangs: the renewal does not wait for that, over TLS
@@ -635,25 +635,18 @@ func TestHangingDial(t *testing.T) {
 			t.Parallel()
 			s := redistest.New(t)
 			p := newProxy(t, s, 0, secure)
-			url := scheme + "://" + p.listener.Addr().String()
-			if secure != nil {
-				url += "?skip_verify=true"
-			}
-			in, err := open(t.Context(), url, 0, renewEvery, checkDurable)
+			in, err := open(t.Context(), p.url(), 0, renewEvery, checkDurable)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer in.Close()
-			score := func() any { return s.Do(t, "ZSCORE", prefix+"owners", in.owner) }
 			p.cut(true)
-			start, before := time.Now(), score()
+			start := time.Now()
 			time.Sleep(renewEvery + renewEvery/2)
 			p.mu.Lock()
 			p.hangs = false // but what hangs goes on to
 			p.mu.Unlock()
-			for score() == before && time.Since(start) < patience {
-				time.Sleep(soon / 4)
-			}
+			awaitRenewal(t, s, in)
 			if took := time.Since(start); took > timeout+3*renewEvery/2 { // in seven an owner is dead
 				t.Errorf("the lease is renewed after %v", took)
 			}
@@ -713,9 +706,7 @@ func TestForwardPages(t *testing.T) {
 		want = append(want, id)
 		env := newEvent(id, "case")
 		env.Raw = fmt.Appendf(nil, `{"event_id":%q,"data":{"caseId":"case","text":%q}}`, id, text)
-		if fresh, err := b.Claim(t.Context(), env); fresh || err != nil {
-			t.Fatal(fresh, err)
-		}
+		mustGive(t, b, env)
 	}
 	if _, page, err := a.page(t.Context(), "new", "0", "+inf"); len(page) != 2 || err != nil {
 		t.Errorf("%d events in a page, want 2: %v", len(page), err)
@@ -729,9 +720,7 @@ func TestForwardLostBody(t *testing.T) {
 	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
 	mustClaim(t, a, "evt_0", "case")
 	for _, id := range []string{"evt_1", "evt_2"} {
-		if fresh, err := b.Claim(t.Context(), newEvent(id, "case")); fresh || err != nil {
-			t.Fatal(fresh, err)
-		}
+		mustGive(t, b, newEvent(id, "case"))
 	}
 	s.Do(t, "DEL", prefix+"event:evt_1")
 	forwardAll(t, a, "evt_2")
@@ -759,9 +748,7 @@ func TestInheritedCase(t *testing.T) {
 	if got := pendingIDs(t, heir); !slices.Equal(got, []string{"evt_1"}) {
 		t.Fatalf("taken over is %q", got)
 	}
-	if fresh, err := other.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
-		t.Errorf("evt_2, at another replica than evt_1: %t, %v", fresh, err)
-	}
+	mustGive(t, other, newEvent("evt_2", "case"))
 	if got := pendingIDs(t, heir); !slices.Equal(got, []string{"evt_1", "evt_2"}) {
 		t.Errorf("the heir has %q", got)
 	}
@@ -772,9 +759,7 @@ func TestWithoutForward(t *testing.T) {
 	s := redistest.New(t)
 	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
 	mustClaim(t, a, "evt_1", "case")
-	if fresh, err := b.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err != nil {
-		t.Errorf("evt_2, at another replica: %t, %v", fresh, err)
-	}
+	mustGive(t, b, newEvent("evt_2", "case"))
 	if got := pendingIDs(t, a); !slices.Equal(got, []string{"evt_1", "evt_2"}) {
 		t.Errorf("pending are %q", got)
 	}
