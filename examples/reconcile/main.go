@@ -11,13 +11,15 @@
 //
 // A journal belongs to one process: to open it takes it over. So do not run this beside a server that has the same
 // journal; let it serve the webhook itself, as in the second line, or copy reconcile.go into your server. With a store
-// that replicas share it may be a program of its own.
+// that replicas share it may be a program of its own, but it cannot know then what the replicas have given up: such an
+// event would be replaced by the less that the API tells.
 //
 // What it cannot do: the API tells only the present state of a case. An event of an earlier state is gone, such as a
 // question that has been answered since. A later update of a case is another event_id, so if Offload updates a case
 // without sending an event, this makes one more event of a state that you know. And the API does not tell metadata and
 // failureReason: the events made here lack them. That is why a case that was updated less than -min-age ago is left
-// for the next round. To claim its event_id now would turn away the richer webhook that may be on its way.
+// for the next round, by this machine's clock. To claim its event_id now would turn away the richer webhook that may be
+// on its way.
 package main
 
 import (
@@ -32,6 +34,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"slices"
@@ -44,10 +47,8 @@ import (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop)
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, log)
+	err := run(context.Background(), os.Args[1:], os.Getenv, os.Stdin, os.Stdout, log)
 	if errors.Is(err, flag.ErrHelp) {
 		return
 	}
@@ -78,22 +79,31 @@ func run(
 		return err
 	}
 	base, key := getenv("OFFLOAD_API_URL"), getenv("OFFLOAD_API_KEY")
+	u, err := url.Parse(base)
 	tokens := strings.Split(getenv("OFFLOAD_TOKEN"), ",")
 	switch {
-	case base == "" || key == "":
-		return errors.New("OFFLOAD_API_URL and OFFLOAD_API_KEY must be set")
+	case err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || key == "":
+		return errors.New("OFFLOAD_API_URL and OFFLOAD_API_KEY must be set, the first to an http or https URL")
 	case *dir == "" || flags.NArg() > 1 || !(*rate > 0) || *every < 0:
 		return errors.New(usage)
 	case *every > 0 && flags.NArg() == 0:
 		return errors.New("-every needs a file, which is read anew for each round")
+	case *addr != "" && *every == 0:
+		return errors.New("-addr needs -every: after one round nobody would listen")
 	case len(tokens) > 1 && slices.Contains(tokens, ""):
 		return errors.New("OFFLOAD_TOKEN holds an empty token")
 	}
 
+	ids, err := readIDs(stdin, flags.Arg(0))
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM) // until now a signal harms nothing
+	context.AfterFunc(ctx, stop)
+	defer stop()
 	// The address before the journal: a second start by mistake fails here, and takes nothing from the first.
 	var listener net.Listener
 	if *addr != "" {
-		var err error
 		if listener, err = net.Listen("tcp", *addr); err != nil {
 			return err
 		}
@@ -106,7 +116,9 @@ func run(
 	work := worker{out: stdout}
 	life, lost := context.WithCancelCause(ctx)
 	defer lost(nil)
+	r := &reconciler{api: newAPI(base, key, *rate, http.DefaultTransport), minAge: *minAge, log: log}
 	observe := func(_ context.Context, o offloadhook.Observation) {
+		r.observe(o)
 		if o.Err == nil {
 			return
 		}
@@ -128,17 +140,13 @@ func run(
 	receiver := offloadhook.Handler(offloadhook.Callbacks{Other: work.do}, opts...) // it needs no typed payload
 	stopServing := func() {}
 	if listener != nil {
-		stopServing = serve(listener, receiver, log)
+		stopServing = serve(listener, receiver, log, lost)
 	}
-
-	r := &reconciler{
-		api:     newAPI(base, key, *rate, http.DefaultTransport),
-		deliver: receiver.Deliver,
-		minAge:  *minAge,
-		log:     log,
-	}
+	r.deliver = receiver.Deliver
 	for {
-		err = r.round(life, stdin, flags.Arg(0))
+		if err == nil {
+			err = r.round(life, ids)
+		}
 		if *every == 0 || errors.Is(err, offloadhook.ErrClosed) {
 			break
 		}
@@ -148,6 +156,7 @@ func run(
 		if err = nil; sleep(life, *every) != nil {
 			break
 		}
+		ids, err = readIDs(nil, flags.Arg(0))
 	}
 	if ctx.Err() == nil {
 		err = errors.Join(err, context.Cause(life))
@@ -159,33 +168,41 @@ func run(
 	stopServing()
 	deadline, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	return errors.Join(err, receiver.Shutdown(deadline), journal.Close())
+	err = errors.Join(err, receiver.Shutdown(deadline), journal.Close())
+	failing := 0
+	r.failing.Range(func(_, _ any) bool { failing++; return true })
+	if *every == 0 && failing > 0 {
+		err = errors.Join(err, fmt.Errorf("%d events are not handled; the journal keeps them", failing))
+	}
+	return err
 }
 
-// round goes once through the ids in the file, or in stdin when there is no file.
-func (r *reconciler) round(ctx context.Context, stdin io.Reader, file string) error {
+// readIDs returns the ids in the file, or in stdin when there is no file.
+func readIDs(stdin io.Reader, file string) (ids []string, err error) {
 	in := stdin
 	if file != "" {
 		f, err := os.Open(file)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		defer f.Close()
 		in = f
 	}
-	var ids []string
 	lines := bufio.NewScanner(in)
 	for lines.Scan() {
 		if id := strings.TrimSpace(lines.Text()); id != "" && !strings.HasPrefix(id, "#") {
 			ids = append(ids, id)
 		}
 	}
-	if err := lines.Err(); err != nil {
-		return err
-	}
+	return ids, lines.Err()
+}
+
+// round goes once through the ids.
+func (r *reconciler) round(ctx context.Context, ids []string) error {
 	t, err := r.run(ctx, ids)
-	r.log.Info("reconciled", "cases", len(ids), "repaired", t.repaired, "known", t.known, "too_young", t.young,
-		"no_event", t.none, "failed", t.failed)
+	asked := t.repaired + t.known + t.young + t.none + t.failed
+	r.log.Info("reconciled", "cases", len(ids), "asked", asked, "repaired", t.repaired, "known", t.known,
+		"too_young", t.young, "no_event", t.none, "failed", t.failed)
 	if err == nil && t.failed > 0 {
 		err = fmt.Errorf("%d cases could not be asked for or delivered", t.failed)
 	}
@@ -214,8 +231,10 @@ func settle(ctx context.Context, journal offloadhook.Inbox) error {
 	}
 }
 
-// serve serves the webhook until stop is called.
-func serve(listener net.Listener, receiver http.Handler, log *slog.Logger) (stop func()) {
+// serve serves the webhook until stop is called. It calls lost if the server stops before that.
+func serve(
+	listener net.Listener, receiver http.Handler, log *slog.Logger, lost context.CancelCauseFunc,
+) (stop func()) {
 	mux := http.NewServeMux()
 	mux.Handle("/offload", receiver)
 	server := &http.Server{
@@ -228,7 +247,7 @@ func serve(listener net.Listener, receiver http.Handler, log *slog.Logger) (stop
 	var serving sync.WaitGroup
 	serving.Go(func() {
 		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-			log.Error("the server stopped", "error", err)
+			lost(err)
 		}
 	})
 	log.Info("listening", "addr", listener.Addr().String())

@@ -7,8 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
-	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -219,6 +219,46 @@ func TestYoung(t *testing.T) {
 	})
 }
 
+// TestGivenUp leaves an event alone that a callback gave up: the store has it as the webhook brought it, and brings it
+// back.
+func TestGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOffload()
+		o.add("case_1", "FAILED", time.Now().Add(-time.Hour))
+		journal, err := offloadhook.OpenJournal(t.TempDir(), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := &reconciler{api: newAPI("https://api.invalid/v1/", "key", 5, o), log: slog.New(slog.DiscardHandler)}
+		var handled []string
+		receiver := offloadhook.Handler(offloadhook.Callbacks{
+			Other: func(_ context.Context, env *offloadhook.Envelope) error {
+				if handled = append(handled, string(env.Raw)); len(handled) == 1 {
+					return errors.New("not yet")
+				}
+				return nil
+			},
+		}, offloadhook.WithInbox(journal), offloadhook.WithRetry(1, 0),
+			offloadhook.WithObserver(func(_ context.Context, o offloadhook.Observation) { r.observe(o) }))
+		r.deliver = receiver.Deliver
+		if _, err := receiver.Deliver(t.Context(), o.webhook("case_1")); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if got, err := r.run(t.Context(), []string{"case_1"}); got != (tally{known: 1}) || err != nil {
+			t.Errorf("after it was given up: %+v, %v, want it left alone", got, err)
+		}
+		time.Sleep(11 * time.Minute)
+		if err := errors.Join(receiver.Shutdown(t.Context()), journal.Close()); err != nil {
+			t.Error(err)
+		}
+		if want := string(o.webhook("case_1")); !slices.Equal(handled, []string{want, want}) {
+			t.Errorf("handled %q, want twice %s", handled, want)
+		}
+		r.failing.Range(func(id, _ any) bool { t.Errorf("%s counts as failing", id); return true })
+	})
+}
+
 func TestFaults(t *testing.T) {
 	type faults = []func(http.ResponseWriter)
 	status := func(code int, header ...string) func(http.ResponseWriter) {
@@ -246,6 +286,7 @@ func TestFaults(t *testing.T) {
 			longRest, longRest},
 		{"5xx", faults{status(500), status(502), status(503)}, tally{repaired: 1}, 4, 7 * time.Second, 9 * time.Second},
 		{"5xx for ever", slices.Repeat(faults{status(500)}, attempts), failed, attempts, 31 * time.Second, 39 * time.Second},
+		{"403", faults{status(403)}, failed, 1, 0, 0},
 		{"404", faults{status(404)}, failed, 1, 0, 0},
 		{"a redirect", faults{status(302, "Location", "https://elsewhere.invalid/")}, failed, 1, 0, 0},
 		{"no JSON", text("<html>"), failed, 1, 0, 0},
@@ -316,25 +357,30 @@ func TestFaults(t *testing.T) {
 func TestEvent(t *testing.T) {
 	updated := time.UnixMilli(1774131900000)
 	o := newOffload()
+	parsed := func(t *testing.T, text string) *offloadhook.Envelope {
+		t.Helper()
+		var c state
+		if err := json.Unmarshal([]byte(text), &c); err != nil {
+			t.Fatal(err)
+		}
+		id, body, err := event(&c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		env, err := offloadhook.ParseEnvelope(body)
+		if err != nil || env.EventID != id {
+			t.Fatalf("%s: %+v, %v", id, env, err)
+		}
+		return env
+	}
 	get := func(t *testing.T, status string) *offloadhook.Envelope {
+		t.Helper()
 		o.add("case_1", status, updated)
 		text, err := json.Marshal(o.cases["case_1"])
 		if err != nil {
 			t.Fatal(err)
 		}
-		var c state
-		if err := json.Unmarshal(text, &c); err != nil {
-			t.Fatal(err)
-		}
-		body, err := event(&c)
-		if err != nil {
-			t.Fatal(err)
-		}
-		env, err := offloadhook.ParseEnvelope(body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return env
+		return parsed(t, string(text))
 	}
 	t.Run("completed", func(t *testing.T) {
 		env := get(t, "COMPLETED")
@@ -348,9 +394,16 @@ func TestEvent(t *testing.T) {
 		}
 	})
 	t.Run("completed without a result", func(t *testing.T) {
-		c := state{Case: offloadhook.Case{Status: offloadhook.StatusCompleted}, UpdatedAt: 1, Result: []byte("null")}
-		if body, err := event(&c); err != nil || bytes.Contains(body, []byte(`"result"`)) {
-			t.Errorf("%s, %v, want no result", body, err)
+		if env := parsed(t, `{"caseId":"c","status":"COMPLETED","updatedAt":1,"result":null}`); string(env.Data) !=
+			`{"caseId":"c","status":"COMPLETED"}` {
+			t.Errorf("%s, want no result", env.Data)
+		}
+	})
+	t.Run("drifted", func(t *testing.T) {
+		const data = `{"attachments":[{"new":1}],"attemptCount":"2","caseId":"c","channel":["EMAIL"],"status":"FAILED"}`
+		env := parsed(t, `{"updatedAt":1,"goal":{},"clientReferenceId":null,`+data[1:])
+		if string(env.Data) != data {
+			t.Errorf("%s, want %s", env.Data, data)
 		}
 	})
 	t.Run("failed", func(t *testing.T) {
@@ -413,8 +466,9 @@ func TestRun(t *testing.T) {
 	if err == nil || len(events) != 0 || !strings.Contains(log, "repaired=0 known=2 too_young=0 no_event=0 failed=1") {
 		t.Fatalf("the second round, with a case that is missing: %v, events %v\n%s", err, events, log)
 	}
-	missing := filepath.Join(dir, "missing")
-	for _, args := range [][]string{{"-every", "1m"}, {"-rate", "0"}, {"one", "two"}, {missing}, {"-dir", ""}} {
+	for _, args := range [][]string{
+		{"-every", "1m"}, {"-rate", "0"}, {"one", "two"}, {"-dir", ""}, {"-addr", "127.0.0.1:0", file},
+	} {
 		if _, log, err := round("", args...); err == nil || strings.Contains(log, "reconciled") {
 			t.Errorf("%v: no error\n%s", args, log)
 		}
@@ -424,9 +478,62 @@ func TestRun(t *testing.T) {
 		t.Error("with an empty token: no error")
 	}
 	delete(env, "OFFLOAD_TOKEN")
-	maps.DeleteFunc(env, func(name, _ string) bool { return name == "OFFLOAD_API_KEY" })
-	if _, _, err := round("case_0\n"); err == nil {
-		t.Error("without a key: no error")
+	for name, value := range map[string]string{"OFFLOAD_API_KEY": "", "OFFLOAD_API_URL": "api.example.com"} {
+		before := env[name]
+		env[name] = value
+		if _, _, err := round("case_0\n"); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("with %q as %s: %v", value, name, err)
+		}
+		env[name] = before
+	}
+}
+
+// TestIDsFirst: until the ids are read the journal is left alone, which another process may be using.
+func TestIDsFirst(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "journal")
+	log := slog.New(slog.DiscardHandler)
+	if err := run(t.Context(), []string{"-dir", dir, filepath.Join(dir, "missing")}, someAPI, nil, io.Discard, log); err == nil {
+		t.Error("a file that is missing: no error")
+	}
+	stdin := readerFunc(func([]byte) (int, error) { return 0, errors.New("broken") })
+	if err := run(t.Context(), []string{"-dir", dir}, someAPI, stdin, io.Discard, log); err == nil {
+		t.Error("ids that cannot be read: no error")
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory of the journal: %v, want none", err)
+	}
+}
+
+// readerFunc is called to read.
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// TestUnhandled: one round whose events are not handled ends with an error.
+func TestUnhandled(t *testing.T) {
+	dir := t.TempDir()
+	journal, err := offloadhook.OpenJournal(dir, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	env, err := offloadhook.ParseEnvelope([]byte(`{"event_id":"evt_1"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := journal.Claim(t.Context(), env); err != nil {
+		t.Fatal(err)
+	}
+	if err := journal.Close(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	out := writerFunc(func([]byte) {
+		stop() // rather than wait for all attempts
+		panic("no space")
+	})
+	err = run(ctx, []string{"-dir", dir}, someAPI, strings.NewReader(""), out, slog.New(slog.DiscardHandler))
+	if err == nil || !strings.Contains(err.Error(), "1 events are not handled") {
+		t.Errorf("run = %v", err)
 	}
 }
 
@@ -631,7 +738,7 @@ func TestSecondStart(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	dir := t.TempDir()
 	addr, ended := started(t, ctx, dir)
-	args := []string{"-dir", dir, "-addr", addr, "-every", "1h", filepath.Join(dir, "none")}
+	args := []string{"-dir", dir, "-addr", addr, "-every", "1h", os.DevNull}
 	if err := run(t.Context(), args, someAPI, nil, io.Discard, slog.New(slog.DiscardHandler)); err == nil {
 		t.Error("the second start ended without an error")
 	}

@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"offloadhook"
@@ -24,15 +25,28 @@ type reconciler struct {
 	deliver func(ctx context.Context, body []byte) (fresh bool, err error) // Receiver.Deliver
 	minAge  time.Duration
 	log     *slog.Logger
+	failing sync.Map // the event ids that observe was told of
 }
 
 // tally says how many cases went which way.
 type tally struct {
 	repaired int // their event had not arrived
-	known    int // their event had arrived
+	known    int // their event had arrived, or a callback is failing on it
 	young    int // updated less than minAge ago
 	none     int // neither ended nor waiting for input
 	failed   int
+}
+
+// observe has to be called from the receiver's observer. So run knows on which events a callback fails, and leaves them
+// alone: the store has them as they came. To deliver one that was given up would put what the API tells in its place,
+// which is less.
+func (r *reconciler) observe(o offloadhook.Observation) {
+	switch o.Outcome {
+	case offloadhook.Retrying, offloadhook.GaveUp, offloadhook.Unfinished:
+		r.failing.Store(o.Envelope.EventID, true)
+	case offloadhook.Handled:
+		r.failing.Delete(o.Envelope.EventID)
+	}
 }
 
 // run makes one round. A case that fails does not stop it; the end of ctx does, and so do a refused key and a receiver
@@ -43,21 +57,22 @@ func (r *reconciler) run(ctx context.Context, ids []string) (t tally, err error)
 		if ctx.Err() != nil || errors.Is(err, errKey) {
 			return t, cmp.Or(ctx.Err(), err)
 		}
+		var eventID string
 		var body []byte
 		if err == nil {
-			body, err = event(c)
+			eventID, body, err = event(c)
 		}
+		_, failing := r.failing.Load(eventID)
+		fresh := false
 		switch {
-		case err != nil:
+		case err != nil || failing:
 		case body == nil:
 			t.none++
 			continue
 		case time.Since(c.UpdatedAt.Time()) < r.minAge:
 			t.young++
 			continue
-		}
-		fresh := false
-		if err == nil {
+		default:
 			fresh, err = r.deliver(ctx, body)
 		}
 		switch {
@@ -76,62 +91,66 @@ func (r *reconciler) run(ctx context.Context, ids []string) (t tally, err error)
 	return t, nil
 }
 
-// state is what GET /cases/{id} tells of a case. Its Metadata is always empty.
+// state is what GET /cases/{id} tells of a case.
 type state struct {
-	offloadhook.Case
-	UpdatedAt    offloadhook.Millis `json:"updatedAt"`
-	Result       json.RawMessage    `json:"result"`
-	InputRequest *struct {
-		ID          string             `json:"id"`
-		Question    string             `json:"question"`
-		Status      string             `json:"status"`
-		RequestedAt offloadhook.Millis `json:"requestedAt"`
-	} `json:"inputRequest"`
+	CaseID    string             `json:"caseId"`
+	Status    offloadhook.Status `json:"status"`
+	UpdatedAt offloadhook.Millis `json:"updatedAt"`
+	fields    map[string]json.RawMessage
 }
 
-// event returns the body of the webhook for the present state of c, nil if that is a state without one.
-func event(c *state) (body []byte, err error) {
+func (c *state) UnmarshalJSON(text []byte) error {
+	type known state
+	return errors.Join(json.Unmarshal(text, (*known)(c)), json.Unmarshal(text, &c.fields))
+}
+
+// event returns the webhook for the present state of c, a nil body if that is a state without one. It copies the fields
+// as they are, whatever their types: should one drift, the event arrives all the same, as it does from Offload.
+func event(c *state) (id string, body []byte, err error) {
+	data := make(map[string]json.RawMessage)
+	take := func(name string, value json.RawMessage) {
+		if value != nil && string(value) != "null" {
+			data[name] = value
+		}
+	}
+	common := []string{
+		"caseId", "clientReferenceId", "status", "channel", "attemptCount", "attachments", "resultStatus",
+	}
+	for _, name := range common {
+		take(name, c.fields[name])
+	}
 	var t offloadhook.EventType
-	var payload any
 	switch c.Status {
 	case offloadhook.StatusCompleted:
 		t = offloadhook.TypeCaseCompleted
-		completed := offloadhook.CaseCompleted{Case: c.Case, Result: c.Result}
-		if string(c.Result) == "null" {
-			completed.Result = nil
-		}
-		payload = completed
+		take("result", c.fields["result"])
 	case offloadhook.StatusFailed:
 		t = offloadhook.TypeCaseFailed
-		payload = offloadhook.CaseFailed{Case: c.Case}
 	case offloadhook.StatusInputNeeded:
-		if c.InputRequest == nil {
-			return nil, errors.New("it waits for input, but the API shows no inputRequest")
-		}
 		t = offloadhook.TypeCaseInputNeeded
-		payload = offloadhook.CaseInputNeeded{
-			Case:               c.Case,
-			InputRequest:       c.InputRequest.Question,
-			InputRequestID:     c.InputRequest.ID,
-			InputRequestStatus: c.InputRequest.Status,
-			InputRequestedAt:   c.InputRequest.RequestedAt,
+		var input map[string]json.RawMessage
+		if err := json.Unmarshal(c.fields["inputRequest"], &input); err != nil || input == nil {
+			return "", nil, errors.New("it waits for input, but the API shows no inputRequest")
 		}
+		take("inputRequest", input["question"])
+		take("inputRequestId", input["id"])
+		take("inputRequestStatus", input["status"])
+		take("inputRequestedAt", input["requestedAt"])
 	default:
-		return nil, nil
+		return "", nil, nil
 	}
 	if c.UpdatedAt == 0 {
-		return nil, errors.New("the API shows no updatedAt, so the event_id is unknown")
+		return "", nil, errors.New("the API shows no updatedAt, so the event_id is unknown")
 	}
-	data, err := json.Marshal(payload)
-	if err != nil {
-		return nil, err
-	}
-	return json.Marshal(offloadhook.Envelope{
+	env := offloadhook.Envelope{
 		EventID:   offloadhook.EventID(c.CaseID, t, c.UpdatedAt),
 		EventType: t,
 		Timestamp: c.UpdatedAt,
-		Data:      data,
-	})
+	}
+	if env.Data, err = json.Marshal(data); err == nil {
+		body, err = json.Marshal(env)
+	}
+	return env.EventID, body, err
 }
 
 // api asks Offload's API. It is not safe for concurrent use.
@@ -153,7 +172,7 @@ func newAPI(base, key string, rate float64, transport http.RoundTripper) *api {
 			// net/http would carry the key along to wherever a redirect leads.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
-		pause: time.Duration(float64(time.Second) / rate),
+		pause: time.Duration(min(1/rate, 1e9) * float64(time.Second)), // a Duration holds nine times that
 	}
 }
 
@@ -212,7 +231,7 @@ func (a *api) ask(ctx context.Context, id string) (c *state, rest time.Duration,
 	}
 	err = json.Unmarshal(text, &answer)
 	switch code := resp.StatusCode; {
-	case code == http.StatusUnauthorized || code == http.StatusForbidden:
+	case code == http.StatusUnauthorized: // not 403, which may be about this case
 		return nil, -1, fmt.Errorf("%w: %s", errKey, resp.Status)
 	case code == http.StatusTooManyRequests || code >= 500:
 		seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After"))
