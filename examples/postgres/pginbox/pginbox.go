@@ -55,6 +55,22 @@ const (
 const lockOf = `granted AND locktype = 'advisory' AND classid = $1 AND objsubid = 2
 	AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`
 
+// mine finds this owner's event of an id. With owner = $2 the planner could choose that index, and read all that the
+// owner has not finished.
+const mine = `event_id = $1 AND coalesce(owner, 0) = $2`
+
+const (
+	setDone   = `UPDATE offload_events SET owner = NULL, done_at = now(), body = NULL WHERE ` + mine
+	setGaveUp = `UPDATE offload_events SET owner = NULL, gave_up_at = now() WHERE ` + mine
+	setHanded = `UPDATE offload_events SET handed = true WHERE owner = $1 AND seq = ANY($2) AND seq BETWEEN $3 AND $4`
+)
+
+// pageOf reads the first of an owner's events for which a condition is true.
+var pageOf = fmt.Sprintf(`SELECT seq, event_id, case_id, handed, body FROM (
+		SELECT *, sum(octet_length(body)) OVER (ORDER BY seq) - octet_length(body) AS before FROM (
+			SELECT * FROM offload_events WHERE owner = $1 AND %%s ORDER BY seq LIMIT %d) AS e) AS e
+	WHERE before < %d ORDER BY seq`, pageSize, pageBytes)
+
 //go:embed schema.sql
 var schema string
 
@@ -191,7 +207,7 @@ func (in *Inbox) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bo
 		return false, err
 	}
 	if m, _ := ctx.Value(forwarded{in}).(*mark); m != nil && m.id == env.EventID && m.used.CompareAndSwap(false, true) {
-		err := in.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM offload_events WHERE event_id = $1 AND owner = $2)`,
+		err := in.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM offload_events WHERE `+mine+`)`,
 			env.EventID, in.owner).Scan(&fresh)
 		return fresh, err
 	}
@@ -240,9 +256,9 @@ func caseOf(env *offloadhook.Envelope) *string {
 
 // Done records the end of an event, if it is still this owner's.
 func (in *Inbox) Done(ctx context.Context, env *offloadhook.Envelope, result error) error {
-	end := `UPDATE offload_events SET owner = NULL, done_at = now(), body = NULL WHERE event_id = $1 AND owner = $2`
+	end := setDone
 	if result != nil {
-		end = `UPDATE offload_events SET owner = NULL, gave_up_at = now() WHERE event_id = $1 AND owner = $2`
+		end = setGaveUp
 	}
 	_, err := in.pool.Exec(ctx, end, env.EventID, in.owner)
 	return err
@@ -315,10 +331,7 @@ func (in *Inbox) page(ctx context.Context, last, end int64) ([]event, error) {
 
 // read reads the first of this owner's events for which the condition is true: up to pageBytes, but at least one.
 func (in *Inbox) read(ctx context.Context, condition string, args ...any) ([]event, error) {
-	rows, _ := in.pool.Query(ctx, fmt.Sprintf(`SELECT seq, event_id, case_id, handed, body FROM (
-			SELECT *, sum(octet_length(body)) OVER (ORDER BY seq) - octet_length(body) AS before FROM (
-				SELECT * FROM offload_events WHERE owner = $1 AND %s ORDER BY seq LIMIT %d) AS e) AS e
-		WHERE before < %d ORDER BY seq`, condition, pageSize, pageBytes), append([]any{in.owner}, args...)...)
+	rows, _ := in.pool.Query(ctx, fmt.Sprintf(pageOf, condition), append([]any{in.owner}, args...)...)
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (e event, err error) {
 		err = row.Scan(&e.seq, &e.id, &e.caseID, &e.handed, &e.body)
 		return e, err
@@ -552,11 +565,12 @@ func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool) {
 		if errors.Is(err, offloadhook.ErrClosed) {
 			in.Forward(nil) // the receiver shuts down
 		}
-		if err != nil {
+		damaged := errors.Is(err, offloadhook.ErrMalformed)
+		if err != nil && !damaged {
 			break
 		}
 		switch {
-		case fresh:
+		case fresh || damaged: // which Pending reports
 			handed = append(handed, e.seq)
 		case e.caseID != nil: // another delivery of the same event is on its way
 			held[*e.caseID] = true
@@ -565,14 +579,13 @@ func (in *Inbox) hand(ctx context.Context, deliver deliverFunc) (more bool) {
 	return in.markHanded(ctx, handed) == nil && len(handed) > 0 && len(handed) == len(page)
 }
 
-// markHanded marks events by their numbers, since a later claim of the same id has another one.
+// markHanded marks events by their numbers, in ascending order, since a later claim of the same id has another one.
 func (in *Inbox) markHanded(ctx context.Context, seqs []int64) error {
 	if len(seqs) == 0 {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	_, err := in.pool.Exec(ctx, `UPDATE offload_events SET handed = true WHERE seq = ANY($1) AND owner = $2`,
-		seqs, in.owner)
+	_, err := in.pool.Exec(ctx, setHanded, in.owner, seqs, seqs[0], seqs[len(seqs)-1])
 	return err
 }

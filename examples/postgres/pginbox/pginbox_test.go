@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -481,6 +482,50 @@ func TestHandEnds(t *testing.T) {
 	}
 }
 
+// TestDamaged has a row that cannot be read before an event that is to be forwarded: it is reported, and holds up nothing.
+func TestDamaged(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	heir, dead := newReceiver(t, url, soon), newInbox(t, url, never)
+	mustClaim(t, dead, "evt_damaged", "case_1")
+	mustClaim(t, dead, "evt_sound", "case_2")
+	pgtest.Query[int](t, url, `UPDATE offload_events SET body = '{' WHERE event_id = 'evt_damaged' RETURNING 0`)
+	dead.die()
+	heir.await(t, "evt_sound")
+	for _, err := range heir.in.Pending(t.Context()) {
+		if errors.Is(err, offloadhook.ErrMalformed) {
+			return
+		}
+	}
+	t.Error("Pending does not report it")
+}
+
+// TestPlans asks the planner how it finds an event in a table of others that are done, when its owner has many: not by
+// reading those.
+func TestPlans(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	in := newInbox(t, url, never)
+	pgtest.Query[int](t, url, fmt.Sprintf(`INSERT INTO offload_events (event_id, handed, done_at)
+		SELECT 'old_'||i, true, now() FROM generate_series(1, 100000) AS i;
+		ALTER TABLE offload_events SET (autovacuum_enabled = false);
+		ANALYZE offload_events;
+		INSERT INTO offload_events (event_id, case_id, body, owner, handed)
+		SELECT 'evt_'||i, 'case_'||i, '{}', %d, true FROM generate_series(1, 50000) AS i RETURNING 0`, in.owner))
+	for _, test := range []struct {
+		name, statement, want string
+		args                  []any
+	}{
+		{"done", setDone, `Index Cond: \(event_id = `, []any{"evt_1", in.owner}},
+		{"given up", setGaveUp, `Index Cond: \(event_id = `, []any{"evt_1", in.owner}},
+		{"handed", setHanded, `Index Cond: .*seq >= .*seq <= `, []any{in.owner, []int64{7, 9}, 7, 9}},
+		{"to hand", fmt.Sprintf(pageOf, "NOT handed"), `Index Scan using offload_events_to_hand `, []any{in.owner}},
+	} {
+		plan := strings.Join(pgtest.Query[string](t, url, "EXPLAIN "+test.statement, test.args...), "\n")
+		if !regexp.MustCompile(test.want).MatchString(plan) {
+			t.Errorf("%s: want %s in\n%s", test.name, test.want, plan)
+		}
+	}
+}
+
 // TestReviveMany brings back more than are changed in one step.
 func TestReviveMany(t *testing.T) {
 	url := pgtest.EmptySchema(t)
@@ -793,7 +838,7 @@ func TestOpen(t *testing.T) {
 		schema := url[strings.LastIndex(url, "=")+1:]
 		role := "role_of_" + schema
 		pgtest.Query[int](t, url, fmt.Sprintf(`CREATE ROLE %[2]s LOGIN; GRANT USAGE ON SCHEMA %[1]s TO %[2]s;
-			GRANT ALL ON ALL TABLES IN SCHEMA %[1]s TO %[2]s; GRANT ALL ON ALL SEQUENCES IN SCHEMA %[1]s TO %[2]s;
+			GRANT SELECT, INSERT, UPDATE, DELETE ON offload_events TO %[2]s; GRANT USAGE ON SEQUENCE offload_owners TO %[2]s;
 			SELECT 0`, schema, role))
 		conn, err := pgx.Connect(t.Context(), url)
 		if err != nil {
@@ -812,6 +857,9 @@ func TestOpen(t *testing.T) {
 		}
 		defer another.Close()
 		mustClaim(t, in, "evt_1", "case_1")
+		mustClaim(t, another, "evt_2", "case_2")
+		mustDone(t, another, "evt_2", errors.New("failed"))
+		awaitPending(t, another, "evt_2")
 	})
 	t.Run("no URL", func(t *testing.T) {
 		in, err := Open(t.Context(), "host=127.0.0.1 password = 'my secret' sslmode=bogus", 0)

@@ -12,6 +12,7 @@ CREATE TABLE IF NOT EXISTS offload_events (
 );
 
 CREATE INDEX IF NOT EXISTS offload_events_owner ON offload_events (owner, seq) WHERE owner IS NOT NULL;
+CREATE INDEX IF NOT EXISTS offload_events_to_hand ON offload_events (owner, seq) WHERE owner IS NOT NULL AND NOT handed;
 CREATE INDEX IF NOT EXISTS offload_events_case ON offload_events USING hash (case_id) WHERE owner IS NOT NULL;
 CREATE INDEX IF NOT EXISTS offload_events_gave_up ON offload_events (gave_up_at) WHERE gave_up_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS offload_events_done ON offload_events (done_at) WHERE done_at IS NOT NULL;
