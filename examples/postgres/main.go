@@ -34,6 +34,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once; the database allows that
 	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
+	slog.SetDefault(log) // for what the receiver logs
 	if err := run(ctx, log, *addr, *drain, *retention); err != nil {
 		log.Error("exit", "error", err)
 		os.Exit(1)

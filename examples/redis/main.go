@@ -37,6 +37,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once; Redis allows that
 	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
+	slog.SetDefault(log) // for what the receiver logs
 	if err := run(ctx, log, *addr, *drain, *retention, *allowVolatile); err != nil {
 		log.Error("exit", "error", err)
 		os.Exit(1)

@@ -120,15 +120,14 @@ function step.claim(id, case, body, this)
 	if held or call('EXISTS', prefix .. 'done:' .. id) == 1 then
 		return 0
 	end
-	call('HSET', key, 'body', body, 'call', this)
-	call('HDEL', key, 'case') -- of the claim before, if it was given up
-	call('ZREM', prefix .. 'gave_up', id)
 	join()
 	case = case ~= '' and case
-	if case then
-		call('HSET', key, 'case', case)
-	end
-	return assign(id, case, true) and 1 or 0
+	local fresh = assign(id, case, true) and 1 or 0
+	call('DEL', key) -- if it was given up
+	call('ZREM', prefix .. 'gave_up', id)
+	-- Last, since an ACL may forbid a command in the midst of a step: then the id is not taken for a duplicate.
+	call('HSET', key, 'body', body, 'call', this, unpack(case and { 'case', case } or {}))
+	return fresh
 end
 
 -- holds returns 1 if the event is mine.

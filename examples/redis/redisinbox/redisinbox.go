@@ -37,6 +37,7 @@ const (
 	leaseBeats   = 2                      // renewals that fit into a lease
 	deathLooks   = 5                      // that find a lease over, one after the other, for its owner to be dead
 	timeout      = 5 * time.Second        // for a step in the background
+	retryEvery   = 50 * time.Millisecond  // while the server is away
 	rest         = 10 * time.Minute       // of what was given up
 	many         = 1000                   // events are moved in one step, which nothing can interrupt
 	prefix       = "{offload}:"           // of all keys; the braces keep them together in a cluster
@@ -45,8 +46,8 @@ const (
 //go:embed inbox.lua
 var source string
 
-// Redis refuses a script with such a first line whole, rather than its first write that it cannot do. When its memory
-// is full, an event can still end.
+// Redis refuses a script with such a first line whole, rather than its first write that it has no room for. When its
+// memory is full, an event can still end.
 var (
 	script       = redis.NewScript("#!lua\n" + source)
 	endingScript = redis.NewScript("#!lua flags=allow-oom\n" + source)
@@ -87,7 +88,7 @@ var _ offloadhook.Inbox = (*Inbox)(nil)
 // Open connects to the server at url, redis://user:password@host:port/database, and returns a new owner. The ids of
 // events that are done expire after retention; 0 means 30 days. It refuses a server that would lose what it
 // acknowledged, and so does every later connection, should another server have come up in its place: the error wraps
-// ErrVolatile. Close the Inbox after the receiver's Shutdown.
+// ErrVolatile. It waits for a server that is away until ctx ends. Close the Inbox after the receiver's Shutdown.
 func Open(ctx context.Context, url string, retention time.Duration) (*Inbox, error) {
 	return open(ctx, url, retention, renewEvery, checkDurable)
 }
@@ -103,10 +104,8 @@ func open(ctx context.Context, url string, retention, beat time.Duration,
 	if err != nil {
 		return nil, errors.New("redisinbox: want a URL like redis://user:password@host:6379/0") // err may quote a password
 	}
-	// An event that is refused is lost, so a call rides out a short absence of the server, as long as its context allows.
-	// It may be repeated, since each step answers a repetition like the first time.
 	options.ContextTimeoutEnabled = true
-	options.MaxRetries = 100
+	options.MaxRetries = -1 // do repeats calls: the client would repeat the start of a connection on the same one, dead or not
 	options.DialerRetries = 1
 	options.OnConnect = check
 	in := &Inbox{
@@ -171,7 +170,7 @@ func (in *Inbox) Forward(deliver deliverFunc) {
 	in.mu.Unlock()
 }
 
-// Ready returns nil when the Inbox can take events, an error when ctx ends before that.
+// Ready returns nil when the server answers, an error when ctx ends before that.
 func (in *Inbox) Ready(ctx context.Context) error {
 	_, err := in.end(ctx, "renew")
 	return err
@@ -320,9 +319,18 @@ func (in *Inbox) revive(ctx context.Context) error {
 	return nil
 }
 
-// do runs a step of the script.
-func (in *Inbox) do(ctx context.Context, s *redis.Script, step string, args ...any) (any, error) {
-	answer, err := s.Run(ctx, in.client, []string{prefix}, append([]any{step, in.owner}, args...)...).Result()
+// do runs a step of the script. An event that is refused is lost, so it rides out an absence of the server, as long as
+// ctx allows. A step answers a repetition like the first time; but to give up an event twice can end a claim that came
+// between, so that it rests, too.
+func (in *Inbox) do(ctx context.Context, s *redis.Script, step string, args ...any) (answer any, err error) {
+	args = append([]any{step, in.owner}, args...)
+	for {
+		answer, err = s.Run(ctx, in.client, []string{prefix}, args...).Result()
+		if !away(err) || ctx.Err() != nil {
+			break
+		}
+		time.Sleep(retryEvery)
+	}
 	switch {
 	case errors.Is(err, redis.Nil): // the step has no answer
 		return nil, nil
@@ -334,6 +342,15 @@ func (in *Inbox) do(ctx context.Context, s *redis.Script, step string, args ...a
 		return nil, fmt.Errorf("redisinbox: %w", err)
 	}
 	return answer, nil
+}
+
+// away reports whether err says that there was no answer, or that of a server that is not ready.
+func away(err error) bool {
+	var answer redis.Error
+	if errors.As(err, &answer) {
+		return redis.IsLoadingError(err) || redis.IsReadOnlyError(err) || redis.IsMaxClientsError(err)
+	}
+	return err != nil && !errors.Is(err, redis.ErrClosed) && !errors.Is(err, ErrVolatile)
 }
 
 // end runs a step that may go on when the server's memory is full.

@@ -521,9 +521,10 @@ type proxy struct {
 	slow     time.Duration // for each answer
 	secure   *tls.Config   // nil for none
 
-	mu    sync.Mutex // protects what follows
-	hangs bool       // what comes is accepted, and nothing else
-	conns []net.Conn
+	mu     sync.Mutex // protects what follows
+	hangs  bool       // what comes is accepted, and nothing else
+	closes bool       // what comes is accepted, and closed
+	conns  []net.Conn
 }
 
 func newProxy(t *testing.T, s *redistest.Server, slow time.Duration, secure *tls.Config) *proxy {
@@ -541,10 +542,13 @@ func newProxy(t *testing.T, s *redistest.Server, slow time.Duration, secure *tls
 				return
 			}
 			p.mu.Lock()
-			hangs := p.hangs
+			hangs, closes := p.hangs, p.closes
 			p.conns = append(p.conns, conn)
 			p.mu.Unlock()
-			if !hangs {
+			switch {
+			case closes:
+				conn.Close()
+			case !hangs:
 				serving.Go(func() { p.serve(conn) })
 			}
 		}
@@ -595,6 +599,96 @@ func (p *proxy) cut(hangs bool) {
 		conn.Close()
 	}
 	p.conns = nil
+}
+
+// TestRefusedConnections closes new connections as they begin, for a while, as a proxy does whose server is away: what is
+// asked for meanwhile waits for the end of that.
+func TestRefusedConnections(t *testing.T) {
+	s := redistest.New(t)
+	p := newProxy(t, s, 0, nil)
+	in, err := open(t.Context(), p.url(), 0, renewEvery, checkDurable)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	for name, call := range map[string]func(ctx context.Context) error{
+		"Claim": func(ctx context.Context) error {
+			fresh, err := in.Claim(ctx, newEvent("evt_1", "case"))
+			if err == nil && !fresh {
+				err = errors.New("not fresh")
+			}
+			return err
+		},
+		"Open": func(ctx context.Context) error {
+			in, err := Open(ctx, p.url(), 0)
+			if err == nil {
+				in.Close()
+			}
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			set := func(closes bool) {
+				p.mu.Lock()
+				p.closes = closes
+				p.mu.Unlock()
+			}
+			set(true)
+			p.cut(false)
+			time.AfterFunc(time.Second, func() { set(false) })
+			ctx, cancel := context.WithTimeout(t.Context(), timeout)
+			defer cancel()
+			if err := call(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	awaitRenewal(t, s, in)
+}
+
+// TestMaxClients claims while the server has room for no other client, for a while.
+func TestMaxClients(t *testing.T) {
+	s := redistest.New(t)
+	in := newInbox(t, s, renewEvery)
+	in.die() // so that it has no connections
+	admin := s.Client()
+	defer admin.Close()
+	for _, args := range [][]any{
+		{"CONFIG", "SET", "maxclients", "1"}, {"CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"},
+	} {
+		if err := admin.Do(t.Context(), args...).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.AfterFunc(time.Second, func() { admin.Do(context.Background(), "CONFIG", "SET", "maxclients", "1000") })
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
+	defer cancel()
+	if _, err := in.Claim(ctx, newEvent("evt_1", "case")); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRights uses a role with the rights that the README names, and one that lacks a command of a claim: then nothing is
+// claimed.
+func TestRights(t *testing.T) {
+	s := redistest.New(t)
+	url := strings.Replace(s.URL(), "redis://", "redis://hook:secret@", 1)
+	s.Do(t, "ACL", "SETUSER", "hook", "on", ">secret", "~{offload}:*", "+@all", "-@dangerous", "-@admin", "+config|get")
+	in, err := open(t.Context(), url, 0, renewEvery, checkDurable)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	mustClaim(t, in, "evt_1", "case")
+	mustDone(t, in, "evt_1", errors.New("failed"))
+	awaitPending(t, in, "evt_1")
+	mustDone(t, in, "evt_1", nil)
+	s.Do(t, "ACL", "SETUSER", "hook", "-incr")
+	if fresh, err := in.Claim(t.Context(), newEvent("evt_2", "case")); fresh || err == nil {
+		t.Errorf("without INCR: %t, %v", fresh, err)
+	}
+	s.Do(t, "ACL", "SETUSER", "hook", "+incr")
+	mustClaim(t, in, "evt_2", "case")
 }
 
 // TestSlowServer: an owner renews its lease where an answer takes more than half a second, and a new connection some.
