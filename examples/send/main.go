@@ -8,7 +8,8 @@
 //
 // Events that it makes have ids like Offload's, of the present time; the fixtures and files keep theirs, so that they
 // are duplicates when sent again. Without -url it sends to http://127.0.0.1:8080/offload. It sends to another machine
-// only when told -remote. It exits with 1 if anything was refused or not answered.
+// only when told -remote. Without -token it sends the first token of the environment's OFFLOAD_TOKEN, where other users
+// of the machine cannot read it. It exits with 1 if anything was refused or not answered.
 package main
 
 import (
@@ -44,12 +45,14 @@ func main() {
 	if info, err := os.Stdout.Stat(); err == nil {
 		terminal = info.Mode()&os.ModeCharDevice != 0
 	}
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr, terminal))
+	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr, terminal))
 }
 
 // run is main with its surroundings as parameters. It returns the exit status.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer, terminal bool) int {
-	cfg, err := parse(args, stderr)
+func run(
+	ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer, terminal bool,
+) int {
+	cfg, err := parse(args, getenv, stderr)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
 	}
@@ -84,12 +87,13 @@ type config struct {
 	files     []string
 }
 
-func parse(args []string, stderr io.Writer) (config, error) {
+func parse(args []string, getenv func(string) string, stderr io.Writer) (config, error) {
 	var cfg config
 	flags := flag.NewFlagSet("send", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // run prints the error
 	target := flags.String("url", "http://127.0.0.1:8080/offload", "where to send")
-	token := flags.String("token", "", "added to the URL as ?token=…, since a webhook URL can carry a secret nowhere else")
+	token := flags.String("token", "",
+		"added to the URL as ?token=…, where alone a webhook URL can carry a secret (default: of OFFLOAD_TOKEN)")
 	remote := flags.Bool("remote", false, "allow a URL of another machine")
 	flags.StringVar(&cfg.eventType, "type", "", "make events of this type, known or not")
 	flags.StringVar(&cfg.caseID, "case", "", "make events of this case, each later than the one before")
@@ -125,14 +129,15 @@ func parse(args []string, stderr io.Writer) (config, error) {
 	case len(cfg.files) > 0 && cfg.eventType != "":
 		return config{}, errors.New("-type makes events, but files hold theirs: use one of the two")
 	}
+	usual, _, _ := strings.Cut(getenv("OFFLOAD_TOKEN"), ",")
 	var err error
-	cfg.url, err = checkURL(*target, *token, *remote)
+	cfg.url, err = checkURL(*target, *token, usual, *remote)
 	return cfg, err
 }
 
-// checkURL returns the URL with the token. It does not resolve names: the only one that is this machine by definition
-// is localhost.
-func checkURL(target, token string, remote bool) (string, error) {
+// checkURL returns the URL with the token, or with the usual one where both have none. It does not resolve names: the
+// only one that is this machine by definition is localhost.
+func checkURL(target, token, usual string, remote bool) (string, error) {
 	u, err := url.Parse(target)
 	if e := (*url.Error)(nil); errors.As(err, &e) {
 		return "", fmt.Errorf("-url: %w", e.Err) // without the URL, which may hold a secret
@@ -147,8 +152,11 @@ func checkURL(target, token string, remote bool) (string, error) {
 	if ip := net.ParseIP(host); !remote && host != "localhost" && (ip == nil || !ip.IsLoopback()) {
 		return "", fmt.Errorf("%s is not this machine: say -remote to send to it", host)
 	}
+	query := u.Query()
+	if !query.Has("token") {
+		token = cmp.Or(token, usual)
+	}
 	if token != "" {
-		query := u.Query()
 		query.Set("token", token)
 		u.RawQuery = query.Encode()
 	}
@@ -363,10 +371,8 @@ func post(client *http.Client, url string, body []byte) (status, reason string, 
 		return "", "", err
 	}
 	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10)) // to its end, so that the connection is used again
-	if err != nil {
-		return "", "", err
-	}
+	// To its end, so that the connection is used again. The status alone counts, whatever becomes of the rest.
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 	return resp.Status, strings.TrimSpace(string(text[:min(len(text), 200)])), nil
 }
 

@@ -28,6 +28,8 @@ type target struct {
 	queries []string
 }
 
+func noEnv(string) string { return "" }
+
 func newTarget(t *testing.T, status int) *target {
 	target := new(target)
 	target.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
@@ -49,7 +51,7 @@ func newTarget(t *testing.T, status int) *target {
 func (s *target) runSend(t *testing.T, args ...string) (exit int, stdout, stderr string) {
 	t.Helper()
 	var out, errs strings.Builder
-	exit = run(t.Context(), append([]string{"-url", s.URL + "/offload"}, args...), &out, &errs, false)
+	exit = run(t.Context(), append([]string{"-url", s.URL + "/offload"}, args...), noEnv, &out, &errs, false)
 	return exit, out.String(), errs.String()
 }
 
@@ -160,7 +162,7 @@ func TestReceiver(t *testing.T) {
 	defer s.Close()
 	var out strings.Builder
 	args := []string{"-url", s.URL, "-token", "a&b c", "-n", "200", "-c", "8", "-duplicate", "10%", "-shuffle"}
-	exit := run(t.Context(), args, &out, &out, false)
+	exit := run(t.Context(), args, noEnv, &out, &out, false)
 	s.Close()
 	if err := receiver.Shutdown(t.Context()); err != nil {
 		t.Fatal(err)
@@ -207,12 +209,33 @@ func TestRefused(t *testing.T) {
 			t.Errorf("exit %d\n%s", exit, out)
 		}
 	})
+	t.Run("an answer that breaks off", func(t *testing.T) {
+		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", "10")
+			w.WriteHeader(http.StatusAccepted)
+			io.WriteString(w, "ok")
+		}))
+		defer s.Close()
+		var out strings.Builder
+		if exit := run(t.Context(), []string{"-url", s.URL}, noEnv, &out, &out, false); exit != 0 {
+			t.Errorf("exit %d, want 0: the status is there\n%s", exit, out.String())
+		}
+	})
+	t.Run("the token of the environment", func(t *testing.T) {
+		s := newTarget(t, http.StatusAccepted)
+		var out strings.Builder
+		getenv := func(name string) string { return map[string]string{"OFFLOAD_TOKEN": "first,second"}[name] }
+		exit := run(t.Context(), []string{"-url", s.URL}, getenv, &out, &out, false)
+		if exit != 0 || len(s.queries) != 6 || s.queries[0] != "token=first" {
+			t.Errorf("exit %d, sent with %q\n%s", exit, s.queries, out.String())
+		}
+	})
 	t.Run("interrupted", func(t *testing.T) {
 		s := newTarget(t, http.StatusOK)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		var out strings.Builder
-		if exit := run(ctx, []string{"-url", s.URL, "-n", "1000", "-rate", "1"}, &out, &out, false); exit != 1 {
+		if exit := run(ctx, []string{"-url", s.URL, "-n", "1000", "-rate", "1"}, noEnv, &out, &out, false); exit != 1 {
 			t.Errorf("exit %d, want 1\n%s", exit, out.String())
 		}
 	})
@@ -248,7 +271,8 @@ func TestUsage(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var out, errs strings.Builder
-			if exit := run(t.Context(), test.args, &out, &errs, false); exit != test.want || out.Len() > 0 || errs.Len() == 0 {
+			exit := run(t.Context(), test.args, noEnv, &out, &errs, false)
+			if exit != test.want || out.Len() > 0 || errs.Len() == 0 {
 				t.Errorf("exit %d, want %d\n%s%s", exit, test.want, out.String(), errs.String())
 			}
 			if strings.Contains(errs.String(), "hunter2") {
@@ -259,16 +283,20 @@ func TestUsage(t *testing.T) {
 }
 
 func TestCheckURL(t *testing.T) {
-	for _, test := range []struct{ url, token, want string }{
-		{"http://127.0.0.1:8080/offload", "", "http://127.0.0.1:8080/offload"},
-		{"http://[::1]/offload", "a&b", "http://[::1]/offload?token=a%26b"},
-		{"https://localhost/offload?x=1", "t", "https://localhost/offload?token=t&x=1"},
+	for _, test := range []struct{ url, token, usual, want string }{
+		{"http://127.0.0.1:8080/offload", "", "", "http://127.0.0.1:8080/offload"},
+		{"http://[::1]/offload", "a&b", "usual", "http://[::1]/offload?token=a%26b"},
+		{"https://localhost/offload?x=1", "t", "", "https://localhost/offload?token=t&x=1"},
+		{"http://localhost/?token=given", "t", "usual", "http://localhost/?token=t"},
+		{"http://localhost/?token=given", "", "usual", "http://localhost/?token=given"},
+		{"http://localhost/", "", "usual", "http://localhost/?token=usual"},
 	} {
-		if got, err := checkURL(test.url, test.token, false); got != test.want || err != nil {
-			t.Errorf("checkURL(%q, %q) = %q, %v, want %q", test.url, test.token, got, err, test.want)
+		got, err := checkURL(test.url, test.token, test.usual, false)
+		if got != test.want || err != nil {
+			t.Errorf("checkURL(%q, %q, %q) = %q, %v, want %q", test.url, test.token, test.usual, got, err, test.want)
 		}
 	}
-	if _, err := checkURL("https://hooks.example.com/offload", "", true); err != nil {
+	if _, err := checkURL("https://hooks.example.com/offload", "", "", true); err != nil {
 		t.Errorf("with -remote: %v", err)
 	}
 }

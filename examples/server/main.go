@@ -1,8 +1,9 @@
 // Server is a receiver as it runs in production: a journal, a token, timeouts, logs, counters, health checks, and a
 // shutdown in the right order. What it does with an event is to forward it to an internal URL; put your own work there.
 //
-//	OFFLOAD_TOKEN=a-long-secret go run ./examples/server -dir /var/lib/myapp/offload -forward http://127.0.0.1:9000/
-//	go run ./examples/send -token a-long-secret
+//	export OFFLOAD_TOKEN=a-long-secret
+//	go run ./examples/server -dir /var/lib/myapp/offload -forward http://127.0.0.1:9000/
+//	go run ./examples/send
 //
 // Every flag can be given as an environment variable: -dir as OFFLOAD_DIR. Give the token so, because other users of a
 // machine can read the arguments of a process. The webhook URL for Offload is https://your.host/offload?token=… behind
@@ -10,7 +11,7 @@
 //
 //	/offload     the webhook
 //	/healthz     200 while the process runs
-//	/readyz      200 while it takes events, 503 once another process has taken the journal over
+//	/readyz      200, and 503 once another process has taken the journal over
 //	/debug/vars  how often each outcome was observed; let the proxy keep it inside
 package main
 
@@ -98,8 +99,9 @@ func parse(args []string, getenv func(string) string) (config, error) {
 			return config{}, errors.New("-token holds an empty token") // now, not when the journal is taken over
 		}
 	}
-	if u, err := url.Parse(cfg.forward); err != nil || cfg.forward != "" && u.Host == "" {
-		return config{}, errors.New("-forward is not a URL") // which may hold a secret
+	u, err := url.Parse(cfg.forward)
+	if cfg.forward != "" && (err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "") {
+		return config{}, errors.New("-forward is not an http or https URL") // which may hold a secret
 	}
 	return cfg, nil
 }
@@ -163,8 +165,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, log *sl
 }
 
 func newClient() *http.Client {
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.MaxIdleConnsPerHost = 32 // as many as there are callbacks at once
 	return &http.Client{
-		Timeout: 30 * time.Second,
+		Timeout:   30 * time.Second,
+		Transport: transport,
 		// A redirect is not a 2xx, and net/http would follow most of them with a GET, without the event.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}

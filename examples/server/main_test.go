@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -492,6 +494,41 @@ func forwarded(t *testing.T, url string) (outcome offloadhook.Outcome, log strin
 	return outcome, out.String()
 }
 
+// TestForwardConnections: events that are forwarded side by side use the connections of those before.
+func TestForwardConnections(t *testing.T) {
+	const callbacks = 32
+	var here sync.WaitGroup
+	var conns atomic.Int32
+	s := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		here.Done()
+		here.Wait() // until all are
+	}))
+	s.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			conns.Add(1)
+		}
+	}
+	s.Start()
+	defer s.Close()
+	a := &app{forwardURL: s.URL, client: newClient()}
+	for range 3 {
+		here.Add(callbacks)
+		var all sync.WaitGroup
+		for range callbacks {
+			all.Go(func() {
+				if err := a.forward(t.Context(), &offloadhook.Envelope{EventID: "evt_1"}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+	}
+	if n := conns.Load(); n != callbacks {
+		t.Errorf("%d connections, want %d", n, callbacks)
+	}
+	a.client.CloseIdleConnections()
+}
+
 // TestForwardRedirect: an event is forwarded to the URL that was given, or not at all.
 func TestForwardRedirect(t *testing.T) {
 	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("it was followed") }))
@@ -523,6 +560,7 @@ func TestBadSettings(t *testing.T) {
 	for _, bad := range []string{
 		"-token=hunter2,", "-forward=http://127.0.0.1:90o0/?token=hunter2", "-forward=127.0.0.1:9000/?token=hunter2",
 		"-forward=http://127.0.0.1:1/%zz?token=hunter2", "-forward=localhost:9000/hunter2",
+		"-forward=ftp://127.0.0.1/hunter2",
 	} {
 		args := []string{"-dir", dir, "-addr", "127.0.0.1:0", bad}
 		err := run(t.Context(), args, func(string) string { return "" }, slog.New(slog.DiscardHandler))
