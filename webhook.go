@@ -645,12 +645,29 @@ func (r *Receiver) enqueue(t *task) {
 // makeReady lets t run as soon as concurrency allows. mu is held.
 func (r *Receiver) makeReady(t *task) {
 	r.ready = append(r.ready, t)
-	r.startReady()
+	if r.running < r.concurrency {
+		r.running++
+		go r.work()
+	}
 }
 
-// startReady runs what is ready, as far as concurrency allows. mu is held.
-func (r *Receiver) startReady() {
-	for len(r.ready) > 0 && r.running < r.concurrency {
+// work runs what is ready.
+func (r *Receiver) work() {
+	growStack()
+	idle := false
+	defer func() {
+		if !idle { // a callback has called runtime.Goexit, which ends this goroutine
+			go r.work()
+		}
+	}()
+	for {
+		r.mu.Lock()
+		if idle = len(r.ready) == 0; idle {
+			r.running--
+			r.checkDrained()
+			r.mu.Unlock()
+			return
+		}
 		t := r.ready[0]
 		r.ready[0] = nil
 		r.ready = r.ready[1:]
@@ -658,28 +675,13 @@ func (r *Receiver) startReady() {
 		if !t.ended {
 			t.attempt++
 		}
-		r.running++
-		go r.work(t)
+		r.mu.Unlock()
+		if t.ended {
+			r.settle(t, r.record(t))
+		} else {
+			r.run(t)
+		}
 	}
-}
-
-// work makes one attempt at t or, where it has ended, at its record.
-func (r *Receiver) work(t *task) {
-	defer r.leave() // also if the callback calls runtime.Goexit
-	if t.ended {
-		r.settle(t, r.record(t))
-	} else {
-		r.run(t)
-	}
-}
-
-// leave gives back a place among the running.
-func (r *Receiver) leave() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.running--
-	r.startReady()
-	r.checkDrained()
 }
 
 // growStack makes room on the stack for the decoding of a payload at once, which would otherwise copy it several times.
@@ -692,7 +694,6 @@ func growStack() {
 
 // run makes one attempt at t.
 func (r *Receiver) run(t *task) {
-	growStack()
 	start := time.Now()
 	outcome, err := Retrying, errGoexit // unless the callback returns
 	var drift error
@@ -824,6 +825,7 @@ func (r *Receiver) settle(t *task, over bool) {
 			}
 		})
 	}
+	r.checkDrained()
 	r.checkWake()
 	r.mu.Unlock()
 	if dead && !t.ended && r.inbox == nil {
@@ -899,7 +901,6 @@ func (r *Receiver) abandon(reason error) {
 	r.closed = true
 	r.cancel(ErrClosed)
 	r.running++ // so that no other Shutdown returns nil before this has told what is left
-	defer r.leave()
 	// An inbox keeps what waits, unless it is only to be recorded.
 	waiting := slices.DeleteFunc(r.drop(true), func(t *task) bool { return r.inbox != nil && !t.ended })
 	var cut []*task
@@ -927,6 +928,10 @@ func (r *Receiver) abandon(reason error) {
 			tell(t)
 		}
 	}
+	r.mu.Lock()
+	r.running--
+	r.checkDrained()
+	r.mu.Unlock()
 }
 
 // readInbox brings the events of the inbox into memory, as far as there is room, and in its order; what is accepted
