@@ -65,6 +65,23 @@ const (
 	setHanded = `UPDATE offload_events SET handed = true WHERE owner = $1 AND seq = ANY($2) AND seq BETWEEN $3 AND $4`
 )
 
+// These too are worded so that the planner reads no more than it has to: max(seq), or an OR, could make it read all.
+const (
+	newest = `SELECT coalesce((SELECT seq FROM offload_events WHERE owner = $1 ORDER BY seq DESC LIMIT 1), 0)`
+	// $1 says that all of it has rested.
+	rested = `SELECT event_id FROM offload_events WHERE gave_up_at <=
+		CASE WHEN $1 THEN 'infinity' ELSE now() - interval '10 minutes' END ORDER BY gave_up_at LIMIT `
+	expired = `SELECT event_id FROM offload_events WHERE done_at < now() - make_interval(secs => $1)
+		ORDER BY done_at LIMIT 1000 FOR UPDATE SKIP LOCKED`
+	// owners goes from each to the next, not through all that they have.
+	owners = `WITH RECURSIVE owners AS (
+			(SELECT owner FROM offload_events WHERE owner IS NOT NULL ORDER BY owner LIMIT 1)
+			UNION ALL
+			SELECT next.owner FROM owners AS o, LATERAL (
+				SELECT owner FROM offload_events WHERE owner > o.owner ORDER BY owner LIMIT 1) AS next)
+		SELECT owner FROM owners`
+)
+
 // pageOf reads the first of an owner's events for which a condition is true.
 var pageOf = fmt.Sprintf(`SELECT seq, event_id, case_id, handed, body FROM (
 		SELECT *, sum(octet_length(body)) OVER (ORDER BY seq) - octet_length(body) AS before FROM (
@@ -280,8 +297,7 @@ func (in *Inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, e
 		defer in.handing.Unlock()
 		// The bound makes it a snapshot; pages, because it may be left early, with megabytes to come.
 		var last, end int64
-		if err := in.pool.QueryRow(ctx, `SELECT coalesce(max(seq), 0) FROM offload_events WHERE owner = $1`,
-			in.owner).Scan(&end); err != nil {
+		if err := in.pool.QueryRow(ctx, newest, in.owner).Scan(&end); err != nil {
 			yield(nil, err)
 			return
 		}
@@ -344,10 +360,9 @@ func (in *Inbox) revive(ctx context.Context) error {
 	in.mu.Lock()
 	first := !in.called
 	in.mu.Unlock()
-	const rested = `gave_up_at IS NOT NULL AND ($1 OR gave_up_at <= now() - interval '10 minutes')`
 	for {
 		var some bool
-		err := in.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM offload_events WHERE `+rested+`)`, first).Scan(&some)
+		err := in.pool.QueryRow(ctx, `SELECT (`+rested+`1) IS NOT NULL`, first).Scan(&some)
 		if err != nil {
 			return err
 		}
@@ -360,8 +375,7 @@ func (in *Inbox) revive(ctx context.Context) error {
 		batch := claimsStop()
 		batch.Queue(`UPDATE offload_events AS e SET gave_up_at = NULL, handed = false, seq = DEFAULT, owner = coalesce((
 			SELECT max(o.owner) FROM offload_events AS o WHERE o.case_id = e.case_id AND o.owner IS NOT NULL), $2)
-			WHERE event_id IN (SELECT event_id FROM offload_events WHERE `+rested+` ORDER BY gave_up_at LIMIT 1000)`,
-			first, in.owner)
+			WHERE event_id IN (`+rested+`200)`, first, in.owner)
 		if err := in.pool.SendBatch(ctx, batch).Close(); stuck(err) {
 			return nil // this owner's own events need not wait for that
 		} else if err != nil {
@@ -485,13 +499,11 @@ func ping(ctx context.Context, conn *pgx.Conn) error {
 func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) error {
 	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	_, err := conn.Exec(within, `DELETE FROM offload_events WHERE event_id IN (SELECT event_id FROM offload_events
-		WHERE done_at < now() - make_interval(secs => $1) LIMIT 1000 FOR UPDATE SKIP LOCKED)`, in.retention.Seconds())
+	_, err := conn.Exec(within, `DELETE FROM offload_events WHERE event_id IN (`+expired+`)`, in.retention.Seconds())
 	if err != nil {
 		return err
 	}
-	rows, _ := conn.Query(within, `SELECT DISTINCT owner FROM offload_events WHERE owner IS NOT NULL AND owner NOT IN (
-		SELECT objid::bigint FROM pg_locks WHERE `+lockOf+`)`, in.table)
+	rows, _ := conn.Query(within, owners+` WHERE owner NOT IN (SELECT objid::bigint FROM pg_locks WHERE `+lockOf+`)`, in.table)
 	dead, err := pgx.CollectRows(rows, pgx.RowTo[int32])
 	if err != nil {
 		return err
