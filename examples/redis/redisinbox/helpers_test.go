@@ -95,7 +95,9 @@ func awaitPending(t *testing.T, in *Inbox, ids ...string) {
 // receiver is a Receiver in this process that counts how often each callback has returned.
 type receiver struct {
 	*offloadhook.Receiver
-	mu   sync.Mutex // protects what follows
+	in *Inbox
+
+	mu   sync.Mutex // protects runs
 	runs map[string]int
 }
 
@@ -105,7 +107,7 @@ func newReceiver(t *testing.T, s *redistest.Server) *receiver {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &receiver{runs: make(map[string]int)}
+	r := &receiver{in: in, runs: make(map[string]int)}
 	r.Receiver = offloadhook.Handler(offloadhook.Callbacks{
 		Other: func(_ context.Context, env *offloadhook.Envelope) error {
 			r.mu.Lock()

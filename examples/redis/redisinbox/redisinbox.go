@@ -39,7 +39,7 @@ const (
 	timeout      = 5 * time.Second        // for a step in the background
 	retryEvery   = 50 * time.Millisecond  // while the server is away
 	rest         = 10 * time.Minute       // of what was given up
-	many         = 1000                   // events are moved in one step, which nothing can interrupt
+	many         = 100                    // events are moved in one step, which nothing can interrupt
 	prefix       = "{offload}:"           // of all keys; the braces keep them together in a cluster
 )
 
@@ -325,8 +325,13 @@ func (in *Inbox) revive(ctx context.Context) error {
 func (in *Inbox) do(ctx context.Context, s *redis.Script, step string, args ...any) (answer any, err error) {
 	args = append([]any{step, in.owner}, args...)
 	for {
+		before := err
 		answer, err = s.Run(ctx, in.client, []string{prefix}, args...).Result()
-		if !away(err) || ctx.Err() != nil {
+		if !away(err) {
+			break
+		}
+		if ctx.Err() != nil {
+			err = cmp.Or(before, err) // why it is away, rather than that the time is over
 			break
 		}
 		time.Sleep(retryEvery)
@@ -348,7 +353,8 @@ func (in *Inbox) do(ctx context.Context, s *redis.Script, step string, args ...a
 func away(err error) bool {
 	var answer redis.Error
 	if errors.As(err, &answer) {
-		return redis.IsLoadingError(err) || redis.IsReadOnlyError(err) || redis.IsMaxClientsError(err)
+		return redis.IsLoadingError(err) || redis.IsReadOnlyError(err) || redis.IsMaxClientsError(err) ||
+			redis.IsMasterDownError(err) || redis.IsNoReplicasError(err)
 	}
 	return err != nil && !errors.Is(err, redis.ErrClosed) && !errors.Is(err, ErrVolatile)
 }
@@ -361,6 +367,7 @@ func (in *Inbox) end(ctx context.Context, step string, args ...any) (any, error)
 // renew renews the lease until ctx ends.
 func (in *Inbox) renew(ctx context.Context) {
 	options := *in.client.Options()
+	options.MaxRetries = -1                                             // as in open; the client has made a 0 of it
 	options.PoolSize, options.DialTimeout = 1, renewEvery               // no call is made beside a dial, so none may take long
 	options.Dialer, options.OnConnect = nil, nil                        // Dialer has the other timeout; a lease acknowledges nothing
 	alone := &Inbox{client: redis.NewClient(&options), owner: in.owner} // since claims may fill the pool of in
@@ -442,7 +449,8 @@ func (in *Inbox) forward(ctx context.Context) {
 		return
 	}
 	held := make(map[string]bool) // cases that have to wait
-	for last := "0"; last != ""; {
+	start, last := time.Now(), "0"
+	for last != "" && (last == "0" || time.Since(start) < in.beat) { // lest the dead wait for long
 		last = in.hand(ctx, last, held, deliver)
 	}
 }
@@ -466,8 +474,11 @@ func (in *Inbox) hand(ctx context.Context, last string, held map[string]bool, de
 			break
 		}
 		fresh := true
-		if len(e.body) > 0 { // else Pending will tell
+		if len(e.body) > 0 { // else Pending will tell, as of one that is damaged
 			fresh, err = deliver(context.WithValue(ctx, forwarded{in}, &mark{id: e.id}), e.body)
+		}
+		if errors.Is(err, offloadhook.ErrMalformed) {
+			fresh, err = true, nil
 		}
 		if errors.Is(err, offloadhook.ErrClosed) {
 			in.Forward(nil) // the receiver shuts down

@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -668,6 +669,21 @@ func TestMaxClients(t *testing.T) {
 	}
 }
 
+// TestNoReplicas claims while the server has too few replicas, for a while.
+func TestNoReplicas(t *testing.T) {
+	s := redistest.New(t)
+	in := newInbox(t, s, renewEvery)
+	s.Do(t, "CONFIG", "SET", "min-replicas-to-write", "1")
+	admin := s.Client()
+	defer admin.Close()
+	time.AfterFunc(time.Second, func() { admin.Do(context.Background(), "CONFIG", "SET", "min-replicas-to-write", "0") })
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
+	defer cancel()
+	if _, err := in.Claim(ctx, newEvent("evt_1", "case")); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestRights uses a role with the rights that the README names, and one that lacks a command of a claim: then nothing is
 // claimed.
 func TestRights(t *testing.T) {
@@ -806,6 +822,46 @@ func TestForwardPages(t *testing.T) {
 		t.Errorf("%d events in a page, want 2: %v", len(page), err)
 	}
 	forwardAll(t, a, want...)
+}
+
+// TestForwardEnds: forwarding of many events lets the look for dead owners go first from time to time.
+func TestForwardEnds(t *testing.T) {
+	s := redistest.New(t)
+	a, b := newInbox(t, s, soon), newInbox(t, s, soon)
+	a.die() // so that nothing forwards but this test
+	a.beat = 0
+	mustClaim(t, a, "evt_0", "case")
+	for i := range 65 { // one more than a page
+		mustGive(t, b, newEvent(fmt.Sprint("evt_", i+1), "case"))
+	}
+	forwarded := 0
+	a.Forward(func(context.Context, []byte) (bool, error) {
+		forwarded++
+		return true, nil
+	})
+	for _, want := range []int{64, 65} {
+		if a.forward(t.Context()); forwarded != want {
+			t.Errorf("%d events are forwarded, want %d", forwarded, want)
+		}
+	}
+}
+
+// TestForwardDamaged has an event that cannot be read before another that is to be forwarded: it holds up nothing.
+func TestForwardDamaged(t *testing.T) {
+	s := redistest.New(t)
+	dead := newInbox(t, s, soon)
+	mustClaim(t, dead, "evt_damaged", "case_1")
+	mustClaim(t, dead, "evt_sound", "case_2")
+	s.Do(t, "HSET", prefix+"event:evt_damaged", "body", "{")
+	dead.die()
+	heir := newReceiver(t, s)
+	heir.await(t, "evt_sound")
+	for _, err := range heir.in.Pending(t.Context()) {
+		if errors.Is(err, offloadhook.ErrMalformed) {
+			return
+		}
+	}
+	t.Error("Pending does not report it")
 }
 
 // TestForwardLostBody forwards what comes behind an event that the server has dropped; Pending reports that.
@@ -1141,6 +1197,9 @@ func TestOpen(t *testing.T) {
 		}
 		if err == nil || strings.Contains(err.Error(), "secret") {
 			t.Errorf("Open: %v", err)
+		}
+		if strings.HasPrefix(url, "redis:") && !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("Open: %v, which does not say why", err)
 		}
 	}
 }
