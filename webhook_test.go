@@ -2119,6 +2119,24 @@ func TestShutdown(t *testing.T) {
 		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Handled)
 	})
 
+	inBubble(t, "before a callback has begun", func(t *testing.T) {
+		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // so that none begins before this waits
+		var calls atomic.Int32
+		ids := new(Memory)
+		r := newRig(t, func(context.Context, *Envelope) error { calls.Add(1); return nil }, WithDeduper(ids))
+		for i := range 10 {
+			r.deliver(t, fmt.Sprint("evt_", i), "")
+		}
+		if err := r.Shutdown(ended()); !errors.Is(err, context.Canceled) {
+			t.Errorf("Shutdown: %v", err)
+		}
+		before := calls.Load()
+		open, _ := ids.Claim(t.Context(), &Envelope{EventID: "evt_9"})
+		synctest.Wait()
+		expectEqual(t, "callbacks that began after it", calls.Load()-before, 0)
+		expectEqual(t, "an id whose callback has not begun is open", open || before > 0, true)
+	})
+
 	inBubble(t, "again after its deadline", func(t *testing.T) {
 		r := newRig(t, func(context.Context, *Envelope) error { time.Sleep(time.Minute); return nil })
 		r.deliver(t, "evt_1", "case_1")

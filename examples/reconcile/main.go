@@ -172,7 +172,7 @@ func run(
 	failing := 0
 	r.failing.Range(func(_, _ any) bool { failing++; return true })
 	if *every == 0 && failing > 0 {
-		err = errors.Join(err, fmt.Errorf("%d events are not handled; the journal keeps them", failing))
+		err = errors.Join(err, fmt.Errorf("not handled, and kept in the journal: %d failing events", failing))
 	}
 	return err
 }
@@ -225,7 +225,7 @@ func settle(ctx context.Context, journal offloadhook.Inbox) error {
 		}
 		select {
 		case <-ctx.Done():
-			return nil // the next start handles the rest
+			return errors.New("interrupted: the journal keeps what waits")
 		case <-time.After(50 * time.Millisecond):
 		}
 	}

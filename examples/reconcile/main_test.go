@@ -532,7 +532,7 @@ func TestUnhandled(t *testing.T) {
 		panic("no space")
 	})
 	err = run(ctx, []string{"-dir", dir}, someAPI, strings.NewReader(""), out, slog.New(slog.DiscardHandler))
-	if err == nil || !strings.Contains(err.Error(), "1 events are not handled") {
+	if err == nil || !strings.Contains(err.Error(), "1 failing events") {
 		t.Errorf("run = %v", err)
 	}
 }
@@ -563,6 +563,40 @@ func TestSettle(t *testing.T) {
 	err := run(t.Context(), args, func(name string) string { return env[name] }, strings.NewReader(ids.String()), out, log)
 	if err != nil || handled != 100 {
 		t.Errorf("%d events handled, want 100: %v", handled, err)
+	}
+}
+
+// TestInterrupted stops one round while events wait: that is an error.
+func TestInterrupted(t *testing.T) {
+	o := newOffload()
+	var ids strings.Builder
+	for i := range 100 {
+		o.add(fmt.Sprintf("case_%d", i), "FAILED", time.Now().Add(-time.Hour))
+		fmt.Fprintf(&ids, "case_%d\n", i)
+	}
+	server := httptest.NewServer(o)
+	defer server.Close()
+	env := map[string]string{"OFFLOAD_API_URL": server.URL + "/v1", "OFFLOAD_API_KEY": "key"}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	delivered := make(chan struct{})
+	log := slog.New(slog.NewTextHandler(writerFunc(func(line []byte) {
+		if bytes.Contains(line, []byte("repaired=100")) {
+			close(delivered)
+		}
+	}), nil))
+	var stopping sync.Once
+	out := writerFunc(func([]byte) { // one at a time
+		<-delivered
+		stopping.Do(func() {
+			time.Sleep(20 * time.Millisecond) // so that it waits for the end of them; if not, it fails all the same
+			stop()
+		})
+	})
+	args := []string{"-dir", t.TempDir(), "-rate", "10000"}
+	err := run(ctx, args, func(name string) string { return env[name] }, strings.NewReader(ids.String()), out, log)
+	if err == nil {
+		t.Error("no error")
 	}
 }
 

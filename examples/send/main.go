@@ -8,8 +8,8 @@
 //
 // Events that it makes have ids like Offload's, of the present time; the fixtures and files keep theirs, so that they
 // are duplicates when sent again. Without -url it sends to http://127.0.0.1:8080/offload. It sends to another machine
-// only when told -remote. Without -token it sends the first token of the environment's OFFLOAD_TOKEN, where other users
-// of the machine cannot read it. It exits with 1 if anything was refused or not answered.
+// only when told -remote. Without -token, and without a token in -url, it sends the first one of the environment's
+// OFFLOAD_TOKEN, where other users of the machine cannot read it. It exits with 1 if anything was refused or not answered.
 package main
 
 import (
@@ -93,7 +93,7 @@ func parse(args []string, getenv func(string) string, stderr io.Writer) (config,
 	flags.SetOutput(io.Discard) // run prints the error
 	target := flags.String("url", "http://127.0.0.1:8080/offload", "where to send")
 	token := flags.String("token", "",
-		"added to the URL as ?token=…, where alone a webhook URL can carry a secret (default: of OFFLOAD_TOKEN)")
+		"added to the URL as ?token=…, where alone a webhook URL can carry a secret (default: the first of OFFLOAD_TOKEN)")
 	remote := flags.Bool("remote", false, "allow a URL of another machine")
 	flags.StringVar(&cfg.eventType, "type", "", "make events of this type, known or not")
 	flags.StringVar(&cfg.caseID, "case", "", "make events of this case, each later than the one before")
