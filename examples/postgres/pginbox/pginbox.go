@@ -55,7 +55,7 @@ const (
 const lockOf = `granted AND locktype = 'advisory' AND classid = $1 AND objsubid = 2
 	AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`
 
-// mine finds this owner's event of an id. With owner = $2 the planner could choose that index, and read all that the
+// mine finds this owner's event of an id. With owner = $2 the planner could take the index by owner, and read all that the
 // owner has not finished.
 const mine = `event_id = $1 AND coalesce(owner, 0) = $2`
 
