@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -566,38 +567,26 @@ func TestSettle(t *testing.T) {
 	}
 }
 
-// TestInterrupted stops one round while events wait: that is an error.
+// TestInterrupted: to be interrupted while events wait is an error.
 func TestInterrupted(t *testing.T) {
-	o := newOffload()
-	var ids strings.Builder
-	for i := range 100 {
-		o.add(fmt.Sprintf("case_%d", i), "FAILED", time.Now().Add(-time.Hour))
-		fmt.Fprintf(&ids, "case_%d\n", i)
+	waiting := func(ctx context.Context) iter.Seq2[*offloadhook.Envelope, error] {
+		return func(yield func(*offloadhook.Envelope, error) bool) { yield(new(offloadhook.Envelope), nil) }
 	}
-	server := httptest.NewServer(o)
-	defer server.Close()
-	env := map[string]string{"OFFLOAD_API_URL": server.URL + "/v1", "OFFLOAD_API_KEY": "key"}
 	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	delivered := make(chan struct{})
-	log := slog.New(slog.NewTextHandler(writerFunc(func(line []byte) {
-		if bytes.Contains(line, []byte("repaired=100")) {
-			close(delivered)
-		}
-	}), nil))
-	var stopping sync.Once
-	out := writerFunc(func([]byte) { // one at a time
-		<-delivered
-		stopping.Do(func() {
-			time.Sleep(20 * time.Millisecond) // so that it waits for the end of them; if not, it fails all the same
-			stop()
-		})
-	})
-	args := []string{"-dir", t.TempDir(), "-rate", "10000"}
-	err := run(ctx, args, func(name string) string { return env[name] }, strings.NewReader(ids.String()), out, log)
-	if err == nil {
+	stop()
+	if err := settle(ctx, inbox{pending: waiting}); err == nil {
 		t.Error("no error")
 	}
+}
+
+// inbox is an Inbox of which only Pending is called.
+type inbox struct {
+	offloadhook.Inbox
+	pending func(context.Context) iter.Seq2[*offloadhook.Envelope, error]
+}
+
+func (in inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, error] {
+	return in.pending(ctx)
 }
 
 // TestStop stops the program in the middle of a round.

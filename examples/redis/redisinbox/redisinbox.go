@@ -341,7 +341,7 @@ func (in *Inbox) do(ctx context.Context, s *redis.Script, step string, args ...a
 		return nil, nil
 	case errors.Is(err, redis.ErrClosed):
 		return nil, fmt.Errorf("redisinbox: %w", offloadhook.ErrClosed)
-	case ctx.Err() != nil:
+	case err != nil && ctx.Err() != nil:
 		return nil, fmt.Errorf("redisinbox: the server does not answer: %w", err)
 	case err != nil:
 		return nil, fmt.Errorf("redisinbox: %w", err)
