@@ -569,24 +569,18 @@ func TestSettle(t *testing.T) {
 
 // TestInterrupted: to be interrupted while events wait is an error.
 func TestInterrupted(t *testing.T) {
-	waiting := func(ctx context.Context) iter.Seq2[*offloadhook.Envelope, error] {
-		return func(yield func(*offloadhook.Envelope, error) bool) { yield(new(offloadhook.Envelope), nil) }
-	}
 	ctx, stop := context.WithCancel(t.Context())
 	stop()
-	if err := settle(ctx, inbox{pending: waiting}); err == nil {
+	if err := settle(ctx, neverEmpty{}); err == nil {
 		t.Error("no error")
 	}
 }
 
-// inbox is an Inbox of which only Pending is called.
-type inbox struct {
-	offloadhook.Inbox
-	pending func(context.Context) iter.Seq2[*offloadhook.Envelope, error]
-}
+// neverEmpty is an Inbox of which only Pending may be called.
+type neverEmpty struct{ offloadhook.Inbox }
 
-func (in inbox) Pending(ctx context.Context) iter.Seq2[*offloadhook.Envelope, error] {
-	return in.pending(ctx)
+func (neverEmpty) Pending(context.Context) iter.Seq2[*offloadhook.Envelope, error] {
+	return func(yield func(*offloadhook.Envelope, error) bool) { yield(new(offloadhook.Envelope), nil) }
 }
 
 // TestStop stops the program in the middle of a round.
