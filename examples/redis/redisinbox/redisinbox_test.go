@@ -647,40 +647,32 @@ func TestRefusedConnections(t *testing.T) {
 	awaitRenewal(t, s, in)
 }
 
-// TestMaxClients claims while the server has room for no other client, for a while.
-func TestMaxClients(t *testing.T) {
-	s := redistest.New(t)
-	in := newInbox(t, s, renewEvery)
-	in.die() // so that it has no connections
-	admin := s.Client()
-	defer admin.Close()
-	for _, args := range [][]any{
-		{"CONFIG", "SET", "maxclients", "1"}, {"CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"},
+// TestNotReady claims while the server takes no other client, or no write, for a while.
+func TestNotReady(t *testing.T) {
+	for setting, values := range map[string]struct{ notReady, ready string }{
+		"maxclients":            {"1", "1000"},
+		"min-replicas-to-write": {"1", "0"},
 	} {
-		if err := admin.Do(t.Context(), args...).Err(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	time.AfterFunc(time.Second, func() { admin.Do(context.Background(), "CONFIG", "SET", "maxclients", "1000") })
-	ctx, cancel := context.WithTimeout(t.Context(), timeout)
-	defer cancel()
-	if _, err := in.Claim(ctx, newEvent("evt_1", "case")); err != nil {
-		t.Error(err)
-	}
-}
-
-// TestNoReplicas claims while the server has too few replicas, for a while.
-func TestNoReplicas(t *testing.T) {
-	s := redistest.New(t)
-	in := newInbox(t, s, renewEvery)
-	s.Do(t, "CONFIG", "SET", "min-replicas-to-write", "1")
-	admin := s.Client()
-	defer admin.Close()
-	time.AfterFunc(time.Second, func() { admin.Do(context.Background(), "CONFIG", "SET", "min-replicas-to-write", "0") })
-	ctx, cancel := context.WithTimeout(t.Context(), timeout)
-	defer cancel()
-	if _, err := in.Claim(ctx, newEvent("evt_1", "case")); err != nil {
-		t.Error(err)
+		t.Run(setting, func(t *testing.T) {
+			s := redistest.New(t)
+			in := newInbox(t, s, renewEvery)
+			in.die() // so that it has no connections
+			admin := s.Client()
+			defer admin.Close()
+			for _, args := range [][]any{
+				{"CONFIG", "SET", setting, values.notReady}, {"CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"},
+			} {
+				if err := admin.Do(t.Context(), args...).Err(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			time.AfterFunc(time.Second, func() { admin.Do(context.Background(), "CONFIG", "SET", setting, values.ready) })
+			ctx, cancel := context.WithTimeout(t.Context(), timeout)
+			defer cancel()
+			if _, err := in.Claim(ctx, newEvent("evt_1", "case")); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
