@@ -354,9 +354,6 @@ func TestDrain(t *testing.T) {
 
 // TestTakeover starts a second server on the journal of the first, which must not acknowledge events any more.
 func TestTakeover(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("on Windows the second server is refused")
-	}
 	journal := t.TempDir()
 	first := start(t, "-dir", journal)
 	for _, path := range []string{"/healthz", "/readyz"} {
