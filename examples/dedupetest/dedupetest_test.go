@@ -35,7 +35,7 @@ func TestClosedOnce(t *testing.T) {
 
 func TestJournal(t *testing.T) {
 	if runtime.GOOS == "windows" {
-		t.Skip("a journal that is open cannot be taken over on Windows")
+		t.Skip("on Windows the files of a journal that was taken over stay, and with them what it refuses")
 	}
 	Run(t, func(t *testing.T) Store {
 		dir := t.TempDir()
