@@ -89,7 +89,7 @@ func run(ctx context.Context, log *slog.Logger, addr string, drain, retention ti
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       15 * time.Second,
 		WriteTimeout:      30 * time.Second,
-		IdleTimeout:       2 * time.Minute,
+		IdleTimeout:       11 * time.Minute, // longer than a proxy keeps its connections
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}

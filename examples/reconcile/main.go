@@ -242,7 +242,7 @@ func serve(
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       15 * time.Second,
 		WriteTimeout:      30 * time.Second,
-		IdleTimeout:       2 * time.Minute,
+		IdleTimeout:       11 * time.Minute, // longer than a proxy keeps its connections
 	}
 	var serving sync.WaitGroup
 	serving.Go(func() {

@@ -136,7 +136,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, log *sl
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       15 * time.Second,
 		WriteTimeout:      30 * time.Second, // counts from the end of the header: the body, the claim and the answer
-		IdleTimeout:       2 * time.Minute,
+		IdleTimeout:       11 * time.Minute, // longer than a proxy keeps its connections
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
