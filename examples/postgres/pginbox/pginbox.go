@@ -133,6 +133,8 @@ func open(ctx context.Context, url string, retention, tidyEvery time.Duration) (
 	// A claim has to see what those committed for whose lock it waited.
 	params := config.ConnConfig.RuntimeParams
 	params["default_transaction_isolation"] = "read committed"
+	// A plan that was made while the table was small stays until it is analyzed, which may be long after.
+	params["enable_seqscan"] = "off"
 	// A machine that vanishes does not close its connections: the server finds that out within 20 s.
 	params["tcp_keepalives_idle"] = "5"
 	params["tcp_keepalives_interval"] = "5"
