@@ -522,16 +522,29 @@ func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) e
 	return nil
 }
 
-// takeOver gives the events of dead another owner, unless it lives after all: its lock is tried once more, and kept
-// meanwhile.
+// takeOver gives the events of dead another owner, unless it lives after all: its lock is tried once more each time, and
+// kept meanwhile. Claims go on between the steps, each of some events and all the others of their cases, so that none is
+// split.
 func (in *Inbox) takeOver(ctx context.Context, conn *pgx.Conn, dead int32) error {
-	ctx, cancel := context.WithTimeout(ctx, longTimeout)
-	defer cancel()
-	batch := claimsStop()
-	batch.Queue(`WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure)
-		UPDATE offload_events SET owner = $3, handed = false FROM dead WHERE owner = $2 AND sure`,
-		int32(in.table), dead, in.owner)
-	return conn.SendBatch(ctx, batch).Close()
+	for {
+		batch, more := claimsStop(), false
+		batch.Queue(`WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure),
+			oldest AS MATERIALIZED (SELECT event_id, case_id FROM offload_events WHERE owner = $2 ORDER BY seq LIMIT 500)
+			UPDATE offload_events SET owner = $3, handed = false FROM dead WHERE sure AND coalesce(owner, 0) = $2
+			AND event_id IN (SELECT event_id FROM oldest UNION ALL
+				SELECT e.event_id FROM (SELECT DISTINCT case_id FROM oldest) AS c, LATERAL (
+					SELECT event_id FROM offload_events WHERE case_id = c.case_id AND owner IS NOT NULL OFFSET 0) AS e)`,
+			int32(in.table), dead, in.owner).Exec(func(done pgconn.CommandTag) error {
+			more = done.RowsAffected() > 0
+			return nil
+		})
+		within, cancel := context.WithTimeout(ctx, longTimeout)
+		err := conn.SendBatch(within, batch).Close()
+		cancel()
+		if err != nil || !more {
+			return err
+		}
+	}
 }
 
 // forward delivers what other replicas have received for this one, and what the dead had not finished.

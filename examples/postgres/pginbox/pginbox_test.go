@@ -291,6 +291,35 @@ func TestTakeOverOfTheLiving(t *testing.T) {
 	mustClaim(t, heir, "evt_2", "case_2")
 }
 
+// TestTakeOverMany takes over in steps, since claims wait meanwhile, and each case in one, lest it have two owners.
+func TestTakeOverMany(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	dead, in := newInbox(t, url, never), newInbox(t, url, never)
+	dead.die()
+	pgtest.Query[int](t, url, fmt.Sprintf(`INSERT INTO offload_events (event_id, case_id, body, owner, handed)
+		SELECT 'evt_'||i, nullif('case_'||i %% 1000, 'case_0'), convert_to('{"event_id":"evt_'||i||'"}', 'UTF8'), %d, true
+		FROM generate_series(1, 5000) AS i RETURNING 0`, dead.owner))
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if err := in.takeOver(t.Context(), conn, dead.owner); err != nil {
+		t.Fatal(err)
+	}
+	// xmin is the transaction that wrote the row.
+	if steps := pgtest.Query[int](t, url, `SELECT count(DISTINCT xmin::text) FROM offload_events`)[0]; steps < 2 {
+		t.Errorf("took over in %d steps", steps)
+	}
+	for _, split := range pgtest.Query[string](t, url, `SELECT case_id FROM offload_events
+		WHERE case_id IS NOT NULL GROUP BY case_id HAVING count(DISTINCT xmin::text) > 1`) {
+		t.Errorf("%s had two owners", split)
+	}
+	if got := len(pendingIDs(t, in)); got != 5000 {
+		t.Errorf("took over %d events", got)
+	}
+}
+
 // buryOne lets an owner die, and returns when in has taken over from it, so it has looked for other dead as well.
 func buryOne(t *testing.T, url string, in *Inbox) {
 	t.Helper()
