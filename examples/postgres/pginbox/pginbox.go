@@ -11,6 +11,7 @@
 package pginbox
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"encoding/json"
@@ -130,6 +131,8 @@ func open(ctx context.Context, url string, retention, tidyEvery time.Duration) (
 	if err != nil {
 		return nil, errors.New("pginbox: cannot use the URL; want one like postgres://user:password@host/db") // err may quote a password
 	}
+	// Where the first of several hosts has vanished, a session has to come to the next one within its time.
+	config.ConnConfig.ConnectTimeout = cmp.Or(config.ConnConfig.ConnectTimeout, timeout/2)
 	// A claim has to see what those committed for whose lock it waited.
 	params := config.ConnConfig.RuntimeParams
 	params["default_transaction_isolation"] = "read committed"

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -889,6 +890,21 @@ func TestOpen(t *testing.T) {
 			in.Close()
 			t.Error("no error")
 		}
+	})
+	// The first of two hosts has vanished: it takes the connection, and never answers.
+	t.Run("another host", func(t *testing.T) {
+		vanished, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer vanished.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		in, err := Open(ctx, strings.Replace(pgtest.EmptySchema(t), "@", "@"+vanished.Addr().String()+",", 1), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		in.Close()
 	})
 	t.Run("beside VACUUM, without the right to create", func(t *testing.T) {
 		url := pgtest.EmptySchema(t)
