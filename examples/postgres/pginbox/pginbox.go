@@ -233,6 +233,31 @@ func (in *Inbox) Claim(ctx context.Context, env *offloadhook.Envelope) (fresh bo
 			env.EventID, in.owner).Scan(&fresh)
 		return fresh, err
 	}
+	for {
+		if fresh, err = in.store(ctx, env); !away(err) {
+			return fresh, err
+		}
+		select { // a session that broke with the connection is noticed by then
+		case <-ctx.Done():
+			return false, err
+		case <-time.After(pingEvery):
+		}
+		if err := in.living(ctx); err != nil {
+			return false, err
+		}
+	}
+}
+
+// away reports whether err says that the database took no part in a statement: it shut down, or was not there. An event
+// that is refused is lost, so a claim rides that out.
+func away(err error) bool {
+	var failed *pgconn.PgError
+	var unconnected *pgconn.ConnectError
+	return errors.As(err, &unconnected) || errors.As(err, &failed) && strings.HasPrefix(failed.Code, "57P")
+}
+
+// store is a claim that is tried once.
+func (in *Inbox) store(ctx context.Context, env *offloadhook.Envelope) (fresh bool, err error) {
 	caseID := caseOf(env)
 	alike := env.EventID
 	if caseID != nil {

@@ -220,6 +220,19 @@ func TestSessionLost(t *testing.T) {
 	}
 }
 
+// TestConnectionsLost ends the connections of the pool, as a database that restarts does: a claim is not refused.
+func TestConnectionsLost(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	in := newInbox(t, url, never)
+	mustClaim(t, in, "evt_0", "")
+	const others = `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE backend_type = 'client backend'
+		AND pid <> pg_backend_pid() AND pid NOT IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory')`
+	if ended := pgtest.Query[bool](t, url, others); len(ended) == 0 {
+		t.Fatal("there are none")
+	}
+	mustClaim(t, in, "evt_1", "")
+}
+
 // TestSessionInTheWay is an owner whose earlier session is still there for the server, because it broke unnoticed.
 func TestSessionInTheWay(t *testing.T) {
 	url := pgtest.EmptySchema(t)
