@@ -89,6 +89,28 @@ var pageOf = fmt.Sprintf(`SELECT seq, event_id, case_id, handed, body FROM (
 			SELECT * FROM offload_events WHERE owner = $1 AND %%s ORDER BY seq LIMIT %d) AS e) AS e
 	WHERE before < %d ORDER BY seq`, pageSize, pageBytes)
 
+const (
+	// setClaimed gives an event the owner of its case.
+	setClaimed = `
+		INSERT INTO offload_events AS e (event_id, case_id, body, owner, handed)
+		SELECT $1, $2, $3, coalesce(c.owner, $4), coalesce(c.owner = $4 AND c.handed, true)
+		FROM (SELECT max(owner) AS owner, bool_and(handed) AS handed
+			FROM offload_events WHERE case_id = $2 AND owner IS NOT NULL) AS c
+		ON CONFLICT (event_id) DO UPDATE
+			SET case_id = excluded.case_id, body = excluded.body, owner = excluded.owner, handed = excluded.handed,
+				seq = DEFAULT, claimed_at = now(), gave_up_at = NULL
+			WHERE e.gave_up_at IS NOT NULL
+		RETURNING handed`
+	// setTaken moves some events, and all the others of their cases.
+	setTaken = `
+		WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure),
+		oldest AS MATERIALIZED (SELECT event_id, case_id FROM offload_events WHERE owner = $2 ORDER BY seq LIMIT 500)
+		UPDATE offload_events SET owner = $3, handed = false FROM dead WHERE sure AND coalesce(owner, 0) = $2
+		AND event_id IN (SELECT event_id FROM oldest UNION ALL
+			SELECT e.event_id FROM (SELECT DISTINCT case_id FROM oldest) AS c, LATERAL (
+				SELECT event_id FROM offload_events WHERE case_id = c.case_id AND owner IS NOT NULL OFFSET 0) AS e)`
+)
+
 //go:embed schema.sql
 var schema string
 
@@ -268,16 +290,7 @@ func (in *Inbox) store(ctx context.Context, env *offloadhook.Envelope) (fresh bo
 	var batch pgx.Batch
 	batch.Queue(`SELECT pg_advisory_xact_lock_shared($1, 0), pg_advisory_xact_lock($2, hashtext($3))`,
 		claimsLock, caseLocks, alike)
-	batch.Queue(`
-		INSERT INTO offload_events AS e (event_id, case_id, body, owner, handed)
-		SELECT $1, $2, $3, coalesce(c.owner, $4), coalesce(c.owner = $4 AND c.handed, true)
-		FROM (SELECT max(owner) AS owner, bool_and(handed) AS handed
-			FROM offload_events WHERE case_id = $2 AND owner IS NOT NULL) AS c
-		ON CONFLICT (event_id) DO UPDATE
-			SET case_id = excluded.case_id, body = excluded.body, owner = excluded.owner, handed = excluded.handed,
-				seq = DEFAULT, claimed_at = now(), gave_up_at = NULL
-			WHERE e.gave_up_at IS NOT NULL
-		RETURNING handed`, env.EventID, caseID, env.Raw, in.owner).QueryRow(func(row pgx.Row) error {
+	batch.Queue(setClaimed, env.EventID, caseID, env.Raw, in.owner).QueryRow(func(row pgx.Row) error {
 		if err := row.Scan(&fresh); !errors.Is(err, pgx.ErrNoRows) {
 			return err
 		}
@@ -556,13 +569,7 @@ func (in *Inbox) tidy(ctx context.Context, conn *pgx.Conn, free map[int32]int) e
 func (in *Inbox) takeOver(ctx context.Context, conn *pgx.Conn, dead int32) error {
 	for {
 		batch, more := claimsStop(), false
-		batch.Queue(`WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure),
-			oldest AS MATERIALIZED (SELECT event_id, case_id FROM offload_events WHERE owner = $2 ORDER BY seq LIMIT 500)
-			UPDATE offload_events SET owner = $3, handed = false FROM dead WHERE sure AND coalesce(owner, 0) = $2
-			AND event_id IN (SELECT event_id FROM oldest UNION ALL
-				SELECT e.event_id FROM (SELECT DISTINCT case_id FROM oldest) AS c, LATERAL (
-					SELECT event_id FROM offload_events WHERE case_id = c.case_id AND owner IS NOT NULL OFFSET 0) AS e)`,
-			int32(in.table), dead, in.owner).Exec(func(done pgconn.CommandTag) error {
+		batch.Queue(setTaken, int32(in.table), dead, in.owner).Exec(func(done pgconn.CommandTag) error {
 			more = done.RowsAffected() > 0
 			return nil
 		})

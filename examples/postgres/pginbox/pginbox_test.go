@@ -313,7 +313,7 @@ func TestTakeOverMany(t *testing.T) {
 	pgtest.Query[int](t, url, fmt.Sprintf(`INSERT INTO offload_events (event_id, case_id, body, owner, handed)
 		SELECT 'evt_'||i, nullif('case_'||i %% 1000, 'case_0'), convert_to('{"event_id":"evt_'||i||'"}', 'UTF8'), %d, true
 		FROM generate_series(1, 5000) AS i RETURNING 0`, dead.owner))
-	conn, err := pgx.Connect(t.Context(), url)
+	conn, err := pgx.ConnectConfig(t.Context(), in.pool.Config().ConnConfig)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -568,7 +568,8 @@ func checkPlans(t *testing.T, in *Inbox, table string) {
 	defer conn.Close(context.Background())
 	owner := fmt.Sprint(in.owner)
 	for _, test := range []struct{ name, statement, args, want string }{
-		{"case", `SELECT FROM offload_events WHERE case_id = 'case_1' AND owner IS NOT NULL`, "", `Index Cond: \(case_id = `},
+		{"claimed", setClaimed, "'evt_new','case_1','{}'," + owner, `Index Cond: \(case_id = `},
+		{"taken over", setTaken, "1," + owner + ",0", `(?s)Index Scan using offload_events_owner .*Index Cond: \(case_id = `},
 		{"done", setDone, "'evt_1'," + owner, `Index Cond: \(event_id = `},
 		{"given up", setGaveUp, "'evt_1'," + owner, `Index Cond: \(event_id = `},
 		{"handed", setHanded, owner + ",'{7,9}',7,9", `Index Cond: .*seq >= .*seq <= `},
