@@ -887,9 +887,13 @@ func parseRecord(line []byte) (rec record) {
 	rec.size, rec.line = min(end+1, len(line)), line[:end]
 	head, event, _ := bytes.Cut(line[9:end], []byte(`,"event":`)) // in a string the quotes would be escaped
 	rec.event = bytes.TrimSuffix(event, []byte("}"))
-	scan(head, 0, nesting, func(name, value []byte) {
+	scan(head, 0, nesting, func(name []byte, i int) int {
+		end := scan(head, i, nesting, nil)
+		if end < 0 {
+			return end
+		}
 		rec.kind = cmp.Or(rec.kind, string(name))
-		switch string(name) {
+		switch value := head[i:end]; string(name) {
 		case "id", "done":
 			rec.ids = []digest{digestOf(text(value))}
 		case "sha256":
@@ -902,6 +906,7 @@ func parseRecord(line []byte) (rec record) {
 		case "base64":
 			rec.event, _ = base64.StdEncoding.DecodeString(text(value))
 		}
+		return end
 	})
 	if !slices.Contains([]string{"id", "done", "sha256"}, rec.kind) {
 		rec.ids = nil // of a later version, which may mean anything

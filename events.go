@@ -135,12 +135,22 @@ type CaseInputNeeded struct {
 // unusable. The error wraps ErrMalformed and never quotes the body. Everything else may drift without costing an event
 // (promise 6).
 func ParseEnvelope(body []byte) (*Envelope, error) {
-	env := &Envelope{Raw: slices.Clip(body)}
+	env, _, err := parse(body)
+	return env, err
+}
+
+// parse is ParseEnvelope, and returns the caseId of the data, too: to look for it later would take half as long again.
+func parse(body []byte) (env *Envelope, caseID string, err error) {
+	env = &Envelope{Raw: slices.Clip(body)}
 	var id []byte
 	ids := 0
 	start := skipSpace(body, 0)
-	end := scan(body, start, nesting, func(name, value []byte) {
-		switch string(name) {
+	end := scan(body, start, nesting, func(name []byte, i int) int {
+		end, inside := scanData(body, i, nesting-1)
+		if end < 0 {
+			return end
+		}
+		switch value := body[i:end:end]; string(name) {
 		case "event_id":
 			ids++
 			id, env.EventID = value, text(value)
@@ -152,20 +162,21 @@ func ParseEnvelope(body []byte) (*Envelope, error) {
 				env.Timestamp = Millis(ms)
 			}
 		case "data":
-			env.Data = value
+			env.Data, caseID = value, inside
 		}
+		return end
 	})
 	switch {
 	case end < 0 || at(body, start) != '{' || skipSpace(body, end) < len(body):
-		return nil, fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
+		return nil, "", fmt.Errorf("%w: the body is not exactly one JSON object", ErrMalformed)
 	case ids == 0:
-		return nil, fmt.Errorf("%w: event_id is missing", ErrMalformed)
+		return nil, "", fmt.Errorf("%w: event_id is missing", ErrMalformed)
 	case ids > 1:
-		return nil, fmt.Errorf("%w: event_id occurs twice", ErrMalformed)
+		return nil, "", fmt.Errorf("%w: event_id occurs twice", ErrMalformed)
 	case !usableID(env.EventID) || !utf8.Valid(id) || halfPair(id, env.EventID):
-		return nil, fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
+		return nil, "", fmt.Errorf("%w: event_id is not a string of 1 to 255 bytes without control characters", ErrMalformed)
 	}
-	return env, nil
+	return env, caseID, nil
 }
 
 // decode reads the payload of env into a new T. Its error names the field and never quotes the payload.
@@ -174,8 +185,8 @@ func decode[T any](env *Envelope) (*T, error) {
 		return nil, errors.New("offloadhook: data is missing or not an object")
 	}
 	payload := new(T)
-	field, err := fill(reflect.ValueOf(payload).Elem(), env.Data)
-	if err == nil {
+	end, field, err := fill(reflect.ValueOf(payload).Elem(), env.Data, 0)
+	if end >= 0 {
 		return payload, nil
 	}
 	if mismatch := (*json.UnmarshalTypeError)(nil); errors.As(err, &mismatch) {
@@ -185,41 +196,54 @@ func decode[T any](env *Envelope) (*T, error) {
 	return nil, errors.New("offloadhook: data does not decode")
 }
 
-// fill decodes value into v as encoding/json does, which would check again what has been scanned, and take most of the
-// time of a delivery. Unlike there, names match exactly, raw values share the memory of the body, a doubled array
-// replaces the first, and the first error, which is about field, ends it.
-func fill(v reflect.Value, value []byte) (field string, err error) {
-	switch first := at(value, 0); {
-	case v.Type() == reflect.TypeFor[json.RawMessage]():
+// fill decodes the value that starts at b[i] into v, and returns the index after it, or -1. It does as encoding/json,
+// which would check again what has been scanned, and take most of the time of a delivery. Unlike there, names match
+// exactly, raw values share the memory of the body, a doubled array replaces the first, and the first error, which is
+// about field, ends it.
+func fill(v reflect.Value, b []byte, i int) (end int, field string, err error) {
+	var member func(name []byte, i int) int
+	raw, first := v.Type() == reflect.TypeFor[json.RawMessage](), at(b, i)
+	switch {
+	case v.Kind() == reflect.Struct && first == '{':
+		fields := fieldsOf(v.Type())
+		member = func(name []byte, i int) (end int) {
+			index, known := fields[string(name)]
+			if !known {
+				return scan(b, i, nesting, nil)
+			}
+			if end, field, err = fill(v.FieldByIndex(index), b, i); err != nil {
+				field = "." + string(name) + field
+			}
+			return end
+		}
+	case v.Kind() == reflect.Slice && first == '[' && !raw:
+		v.SetZero()
+		v.Grow(1) // not nil, as for absent and null
+		member = func(_ []byte, i int) (end int) {
+			n := v.Len()
+			v.Grow(1)
+			v.SetLen(n + 1)
+			end, field, err = fill(v.Index(n), b, i)
+			return end
+		}
+	}
+	if end = scan(b, i, nesting, member); end < 0 || member != nil {
+		return end, field, err
+	}
+	switch value := b[i:end:end]; {
+	case raw:
 		v.SetBytes(value)
 	case v.Kind() == reflect.String && first == '"':
 		v.SetString(text(value))
-	case v.Kind() == reflect.Struct && first == '{':
-		fields := fieldsOf(v.Type())
-		scan(value, 0, nesting, func(name, value []byte) {
-			if index, known := fields[string(name)]; known && err == nil {
-				if field, err = fill(v.FieldByIndex(index), value); err != nil {
-					field = "." + string(name) + field
-				}
-			}
-		})
-	case v.Kind() == reflect.Slice && first == '[':
-		v.Set(reflect.MakeSlice(v.Type(), 0, 0)) // not nil, as for absent and null
-		scan(value, 0, nesting, func(_, value []byte) {
-			if n := v.Len(); err == nil {
-				v.Grow(1)
-				v.SetLen(n + 1)
-				field, err = fill(v.Index(n), value)
-			}
-		})
 	default:
 		n, other := strconv.ParseInt(string(value), 10, 64)
-		if other != nil || !v.CanInt() || v.OverflowInt(n) {
-			return "", json.Unmarshal(value, v.Addr().Interface())
+		if other == nil && v.CanInt() && !v.OverflowInt(n) {
+			v.SetInt(n)
+		} else if err = json.Unmarshal(value, v.Addr().Interface()); err != nil {
+			end = -1
 		}
-		v.SetInt(n)
 	}
-	return field, err
+	return end, "", err
 }
 
 // fieldsOf returns the fields of a struct, by their names in JSON.
@@ -239,15 +263,17 @@ func fieldsOf(t reflect.Type) map[string][]int {
 
 var structFields sync.Map
 
-// caseID returns the caseId of the event's data, "" where there is none. As in the payload, the last that is not null
-// counts.
-func (env *Envelope) caseID() (id string) {
-	scan(env.Data, 0, nesting, func(name, value []byte) {
-		if string(name) == "caseId" && string(value) != "null" {
-			id = text(value)
+// scanData scans the data of an event, which starts at b[i], and returns the index after it and its caseId, "" where
+// there is none. As in the payload, the last that is not null counts.
+func scanData(b []byte, i, deepest int) (end int, caseID string) {
+	end = scan(b, i, deepest, func(name []byte, i int) int {
+		end := scan(b, i, deepest-1, nil)
+		if string(name) == "caseId" && end > 0 && string(b[i:end]) != "null" {
+			caseID = text(b[i:end])
 		}
+		return end
 	})
-	return id
+	return end, caseID
 }
 
 // usableID reports whether id can serve as an event's id: in a log line, as a database key, in a line of the journal.
@@ -283,37 +309,35 @@ func text(value []byte) string {
 const nesting = 10_000
 
 // scan returns the index after the JSON value that starts at b[i], or -1 if none does or it is nested deeper than that.
-// member is called with each member of an object, or with each element of an array and no name, as they are met.
-func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
+// If it is an object or array, member is called where each value in it starts, in an array without a name; it scans
+// that value itself, and returns the same.
+func scan(b []byte, i, deepest int, member func(name []byte, i int) int) int {
 	var room [64]byte
 	closers := room[:0] // of what is open; with recursion, short bodies would make large stacks
-	var name []byte     // of the outermost object's member that is being read
-	start := i          // of its value
 	for {
-		if n := len(closers); n > 0 && closers[n-1] == '}' {
+		n := len(closers)
+		var name []byte
+		if n > 0 && closers[n-1] == '}' {
 			end := scanString(b, i)
 			if end < 0 {
 				return -1
 			}
-			if n == 1 {
-				if name = b[i+1 : end-1]; bytes.IndexByte(name, '\\') >= 0 {
-					name = []byte(text(b[i:end]))
-				}
+			if name = b[i+1 : end-1]; member != nil && bytes.IndexByte(name, '\\') >= 0 {
+				name = []byte(text(b[i:end]))
 			}
 			if i = skipSpace(b, end); at(b, i) != ':' {
 				return -1
 			}
 			i = skipSpace(b, i+1)
 		}
-		if len(closers) == 1 {
-			start = i
-		}
-		switch first := at(b, i); first {
-		case '"':
+		switch first := at(b, i); {
+		case n == 1 && member != nil:
+			i = member(name, i)
+		case first == '"':
 			i = scanString(b, i)
-		case '{', '[':
+		case first == '{' || first == '[':
 			inside := skipSpace(b, i+1)
-			if len(closers) == deepest {
+			if n == deepest {
 				return -1
 			}
 			if at(b, inside) != first+2 { // ] comes two after [, and } after {
@@ -333,17 +357,14 @@ func scan(b []byte, i, deepest int, member func(name, value []byte)) int {
 			i = end
 		}
 		for {
-			n := len(closers)
 			if i < 0 || n == 0 {
 				return i
-			}
-			if n == 1 && member != nil {
-				member(name, b[start:i:i])
 			}
 			if i = skipSpace(b, i); at(b, i) != closers[n-1] {
 				break
 			}
-			closers, i = closers[:n-1], i+1
+			n, i = n-1, i+1
+			closers = closers[:n]
 		}
 		if at(b, i) != ',' {
 			return -1

@@ -457,10 +457,10 @@ func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte, er
 		r.observe(t.ctx, o)
 	}()
 	if err == nil {
-		o.Envelope, o.Err = ParseEnvelope(o.Body)
+		o.Envelope, t.caseID, o.Err = parse(o.Body)
 	}
 	if o.Err == nil {
-		t.env, t.caseID, o.Err = o.Envelope, o.Envelope.caseID(), errPanicked // unless accept returns
+		t.env, o.Err = o.Envelope, errPanicked // unless accept returns
 		fresh, o.Err = r.accept(t)
 	}
 	if fresh {
@@ -1016,7 +1016,8 @@ func (r *Receiver) readBack(env *Envelope, start time.Time, undecided *[]*task) 
 		return true
 	}
 	copied := *env // the struct is the inbox's to use again
-	t = &task{env: &copied, ctx: context.Background(), caseID: env.caseID(), decided: make(chan struct{})}
+	_, caseID := scanData(env.Data, 0, nesting)
+	t = &task{env: &copied, ctx: context.Background(), caseID: caseID, decided: make(chan struct{})}
 	close(t.decided)
 	switch {
 	case slices.ContainsFunc(*undecided, func(u *task) bool { return t.caseID != "" && t.caseID == u.caseID }):

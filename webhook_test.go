@@ -1227,6 +1227,27 @@ func TestDecodeAsJSON(t *testing.T) {
 	}
 }
 
+// TestDecodeOnItsOwn: what encoding/json would do otherwise.
+func TestDecodeOnItsOwn(t *testing.T) {
+	for data, want := range map[string][]Attachment{
+		`{"attachments":[{"name":"a","size":1},{"name":"b"}],"attachments":[{"name":"c"}]}`: {{Name: "c"}},
+		`{"attachments":[{"name":"a"}],"attachments":[]}`:                                   {},
+		`{"attachments":[{"name":"a"}],"attachments":null}`:                                 nil,
+	} {
+		if got, err := decode[CaseFailed](&Envelope{Data: []byte(data)}); err != nil {
+			t.Errorf("%s: %v", data, err)
+		} else if !reflect.DeepEqual(got.Attachments, want) {
+			t.Errorf("%s: %#v, want %#v", data, got.Attachments, want)
+		}
+	}
+	for _, data := range []string{`{`, `{"result"`, `{"result":`, `{"result":}`, `{"caseId":"c",}`, `{"attachments":[{`,
+		`{"attachments":[{"name":"a"},]}`, `{"metadata":{"a":1}`} { // of no ParseEnvelope
+		if got, err := decode[CaseCompleted](&Envelope{Data: []byte(data)}); err == nil {
+			t.Errorf("%s: %#v, want an error", data, got)
+		}
+	}
+}
+
 var arrayIndex = regexp.MustCompile(`\.\d+`)
 
 func testDecode[T any](t *testing.T, data []byte) {
@@ -1281,15 +1302,15 @@ func otherwiseByJSON(data []byte) (otherwise bool) {
 		reflect.TypeFor[CaseInputNeeded](), reflect.TypeFor[Attachment]()} {
 		known = slices.AppendSeq(known, maps.Keys(fieldsOf(t)))
 	}
-	var look func(name, value []byte)
-	look = func(name, value []byte) {
+	var look func(name []byte, i int) int
+	look = func(name []byte, i int) int {
 		otherwise = otherwise || slices.ContainsFunc(known, func(field string) bool {
 			return field != string(name) && strings.EqualFold(field, string(name))
 		})
 		if string(name) == "attachments" {
 			arrays++
 		}
-		scan(value, 0, nesting, look)
+		return scan(data, i, nesting, look)
 	}
 	scan(data, 0, nesting, look)
 	return otherwise || arrays > 1
@@ -2605,7 +2626,8 @@ func TestInboxIsTheQueue(t *testing.T) {
 			<-release
 			mu.Lock()
 			defer mu.Unlock()
-			order[env.caseID()] = append(order[env.caseID()], env.EventID)
+			_, caseID := scanData(env.Data, 0, nesting)
+			order[caseID] = append(order[caseID], env.EventID)
 			return nil
 		}, WithInbox(in), WithConcurrency(concurrency), WithBacklog(backlog))
 		p := serve(t, &http.Server{Handler: r})
@@ -7814,8 +7836,7 @@ func TestJournalPassesOverUnknownRecords(t *testing.T) {
 	journalClaimed(t, j, "evt_a")
 	j.mu.Lock()
 	for _, record := range []string{`{"note":"x"}`, `{"tries":3,"id":"evt_a","at":1}`} {
-		sum := checksum([]byte(record))
-		j.buf = append(append(append(j.buf, sum[:]...), record...), '\n')
+		j.buf = appendSealed(j.buf, record)
 	}
 	err := j.write()
 	j.mu.Unlock()
@@ -7826,6 +7847,27 @@ func TestJournalPassesOverUnknownRecords(t *testing.T) {
 		t.Fatal(err)
 	}
 	expectList(t, "pending", journalPending(t, openOn(t, medium.process(), 0)), "evt_a")
+}
+
+// appendSealed appends a line with a checksum that is right.
+func appendSealed(lines []byte, record string) []byte {
+	sum := checksum([]byte(record))
+	return append(append(append(lines, sum[:]...), record...), '\n')
+}
+
+// TestJournalSealedNonsense: a line that is no record is damage, even if its checksum is right.
+func TestJournalSealedNonsense(t *testing.T) {
+	for _, record := range []string{``, `{`, `{}`, `{"id"`, `{"id":`, `{"id":}`, `{"done":evt_a,"at":1}`, `["id","evt_a"]`} {
+		content := appendRecord(nil, "id", "evt_a", 1, journalEvent("evt_a", 0, 0).Raw)
+		content = appendSealed(content, record)
+		content = appendRecord(content, "id", "evt_b", 1, journalEvent("evt_b", 0, 0).Raw)
+		m := newJournalModel(t)
+		m.bodies["evt_a"], m.bodies["evt_b"] = journalEvent("evt_a", 0, 0).Raw, journalEvent("evt_b", 0, 0).Raw
+		j := openOn(t, diskWith(filepath.Join("journal", "events-00000001.log"), content).process(), 0)
+		if ids, damages := m.pending(j); len(damages) != 1 || !slices.Equal(ids, []string{"evt_a", "evt_b"}) {
+			t.Errorf("%s: %q, %q", record, ids, damages)
+		}
+	}
 }
 
 // TestGaveUpDeliver: who is told that an event was given up can deliver it again at once.
@@ -7862,10 +7904,16 @@ func TestGaveUpDeliver(t *testing.T) {
 // TestAppendIsSafe: what an append to the bytes of an event writes must not be seen by another.
 func TestAppendIsSafe(t *testing.T) {
 	clipped := func(what string, b []byte) {
-		if len(b) < cap(b) {
-			t.Errorf("%s has room for %d bytes more", what, cap(b)-len(b))
+		if len(b) == 0 || len(b) < cap(b) {
+			t.Errorf("%s has %d bytes, and room for %d more", what, len(b), cap(b)-len(b))
 		}
 	}
+	payload, err := decode[CaseCompleted](&Envelope{Data: []byte(`{"result":[1],"metadata":{},"caseId":"c"}`)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	clipped("Result", payload.Result)
+	clipped("Metadata", payload.Metadata)
 	for _, store := range []Option{WithDeduper(new(Memory)), WithInbox(openOn(t, newDisk().process(), 0))} {
 		called := make(chan bool, 10)
 		r := Handler(journalCallbacks(func(_ context.Context, env *Envelope) error {
@@ -7896,7 +7944,14 @@ func TestCaseID(t *testing.T) {
 		`{"caseId":"c"}`: "c", `{"case\u0049d" : "c\n"}`: "c\n", `{"caseId":"b","caseId":"c"}`: "c",
 		`{"caseId":"c","caseId":null}`: "c",
 	} {
-		expectEqual(t, data, (&Envelope{Data: []byte(data)}).caseID(), want)
+		_, got := scanData([]byte(data), 0, nesting)
+		expectEqual(t, data, got, want)
+		if data != "" {
+			body := `{"data":{"caseId":"first"},"event_id":"evt_1","data":` + data + `,"next":{"caseId":"last"}}`
+			_, got, err := parse([]byte(body))
+			expectEqual(t, body, got, want)
+			expectEqual(t, body, err, nil)
+		}
 	}
 }
 
