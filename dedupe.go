@@ -30,9 +30,11 @@ import (
 )
 
 // Deduper remembers which events have been taken. Its methods are called concurrently, by one receiver or by many that
-// share it, with a context that ends after 5 s, but not when the sender hangs up.
+// share it, with a context that ends after 5 s, but not when the sender hangs up. They must return then, for the sender
+// waits.
 type Deduper interface {
-	// Claim atomically records env.EventID and reports whether it is new. It is called before the 2xx.
+	// Claim atomically records env.EventID and reports whether it is new. It is called before the 2xx. Together with an
+	// error, fresh is false.
 	Claim(ctx context.Context, env *Envelope) (fresh bool, err error)
 	// Done ends a claim. err nil: handled, remember the id. err non-nil: given up, the id may be claimed again.
 	// On a claim that is not held (never granted, ended, or taken over) it changes nothing and returns nil.
@@ -40,15 +42,17 @@ type Deduper interface {
 }
 
 // Inbox is a Deduper that keeps each event it claims until it is done: with one, a 2xx is a promise (promise 1). The
-// event is stored, env.Raw unchanged, when Claim returns; Pending yields what ParseEnvelope makes of it. One that
-// several receivers share may answer false for a new event that it gives to another of them.
+// event is stored, env.Raw unchanged, when Claim returns; Pending yields what ParseEnvelope makes of it. What was given
+// up is claimed anew when it is delivered again, then with its new body and as the newest, or when Pending yields it. An
+// Inbox that several receivers share may answer false for a new event that it gives to another of them.
 type Inbox interface {
 	Deduper
 	// Pending yields, oldest first, a snapshot of what was claimed before the call, is not done, and is this receiver's
 	// to handle: its own events and those of dead receivers. What was given up is left out until it has rested for ten
 	// minutes or an instance starts (its first call). A caller may stop early. It is called every 10 s while the receiver
-	// lives, so a shared store may renew its lease there. An error that wraps ErrClosed says that another has taken the
-	// store over. After any other error it may go on with further events.
+	// lives, so a shared store may renew its lease there, with a context that ends after 10 s: it must return then, for
+	// what is claimed meanwhile waits. An error that wraps ErrClosed says that another has taken the store over. After
+	// any other error it may go on with further events.
 	Pending(ctx context.Context) iter.Seq2[*Envelope, error]
 }
 
@@ -378,7 +382,8 @@ func (j *Journal) tidy() {
 	}
 }
 
-// Pending yields the unfinished events, oldest first, after what has been found damaged since the last call.
+// Pending yields the unfinished events, oldest first, after what has been found damaged since the last call. It is for
+// the receiver alone, which would miss what another caller is told.
 func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 	return func(yield func(*Envelope, error) bool) {
 		if err := j.lock(); err != nil {

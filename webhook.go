@@ -241,7 +241,7 @@ func WithObserver(f func(context.Context, Observation)) Option {
 }
 
 // Observation is something that happened to an event, for logs, metrics and error reports. Envelope and Body are
-// read-only.
+// read-only, and may be kept.
 type Observation struct {
 	Outcome  Outcome
 	Envelope *Envelope     // nil when the body held none
@@ -258,12 +258,12 @@ type Outcome string
 const (
 	Accepted    Outcome = "accepted"     // got a 202
 	Duplicate   Outcome = "duplicate"    // got a 200
-	Refused     Outcome = "refused"      // got a 4xx or a 503: the event is lost unless the body is kept
+	Refused     Outcome = "refused"      // got a 4xx or a 503: the event is lost unless Body, if it was read, is kept
 	Handled     Outcome = "handled"      // its callback returned nil; Err is set where the data did not fit
 	Ignored     Outcome = "ignored"      // no callback takes its type
 	Retrying    Outcome = "retrying"     // its callback failed and will be called again
 	GaveUp      Outcome = "gave_up"      // its callback failed for the last time, or none takes its data: the id is open again
-	Unfinished  Outcome = "unfinished"   // left over at Shutdown, or when the inbox was lost
+	Unfinished  Outcome = "unfinished"   // cut off by Shutdown or the loss of the inbox, or left waiting without an inbox
 	StoreFailed Outcome = "store_failed" // the Deduper or Inbox failed; Envelope is nil when it was not about one event
 )
 

@@ -1,5 +1,7 @@
 // Package dedupetest checks implementations of offloadhook.Deduper and offloadhook.Inbox against their contract, in the
-// manner of testing/fstest. Run takes any Deduper; one that is an Inbox too is checked as such.
+// manner of testing/fstest. Run takes any Deduper; one that is an Inbox too is checked as such. Let go test run it with
+// -race and a -count, since a narrow race may pass once, and with its -timeout of 10 minutes: a store that fails may take
+// some of them.
 //
 //	func TestStore(t *testing.T) {
 //		dedupetest.Run(t, func(t *testing.T) dedupetest.Store {
