@@ -101,14 +101,15 @@ const (
 				seq = DEFAULT, claimed_at = now(), gave_up_at = NULL
 			WHERE e.gave_up_at IS NOT NULL
 		RETURNING handed`
-	// setTaken moves some events, and all the others of their cases.
+	// setTaken moves some events, and all the others of their cases. Where it had to wait for a row that somebody else
+	// was changing, PostgreSQL checks the conditions again; if these joined anything, it would leave the row out.
 	setTaken = `
-		WITH dead AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($1, $2) AS sure),
-		oldest AS MATERIALIZED (SELECT event_id, case_id FROM offload_events WHERE owner = $2 ORDER BY seq LIMIT 500)
-		UPDATE offload_events SET owner = $3, handed = false FROM dead WHERE sure AND coalesce(owner, 0) = $2
-		AND event_id IN (SELECT event_id FROM oldest UNION ALL
+		UPDATE offload_events SET owner = $3, handed = false
+		WHERE (SELECT pg_try_advisory_xact_lock($1, $2)) AND coalesce(owner, 0) = $2 AND event_id = ANY(ARRAY(
+			WITH oldest AS MATERIALIZED (SELECT event_id, case_id FROM offload_events WHERE owner = $2 ORDER BY seq LIMIT 500)
+			SELECT event_id FROM oldest UNION ALL
 			SELECT e.event_id FROM (SELECT DISTINCT case_id FROM oldest) AS c, LATERAL (
-				SELECT event_id FROM offload_events WHERE case_id = c.case_id AND owner IS NOT NULL OFFSET 0) AS e)`
+				SELECT event_id FROM offload_events WHERE case_id = c.case_id AND owner IS NOT NULL OFFSET 0) AS e))`
 )
 
 //go:embed schema.sql
