@@ -893,7 +893,7 @@ func parseRecord(line []byte) (rec record) {
 	head, event, _ := bytes.Cut(line[9:end], []byte(`,"event":`)) // in a string the quotes would be escaped
 	rec.event = bytes.TrimSuffix(event, []byte("}"))
 	scan(head, 0, nesting, func(name []byte, i int) int {
-		end := scan(head, i, nesting, nil)
+		end := scan(head, i, nesting-1, nil)
 		if end < 0 {
 			return end
 		}
