@@ -3992,6 +3992,12 @@ func newJournalModel(t testing.TB) *journalModel {
 	}
 }
 
+// record returns the line of an event of the model.
+func (m *journalModel) record(id string) []byte {
+	m.bodies[id] = journalEvent(id, 0, 100).Raw
+	return appendRecord(nil, "id", id, 1, m.bodies[id])
+}
+
 // journalEvent returns an event whose bytes are easily spoiled: by number of another shape, and size bytes larger.
 func journalEvent(id string, shape, size int) *Envelope {
 	format := []string{
@@ -7858,11 +7864,8 @@ func appendSealed(lines []byte, record string) []byte {
 // TestJournalSealedNonsense: a line that is no record is damage, even if its checksum is right.
 func TestJournalSealedNonsense(t *testing.T) {
 	for _, record := range []string{``, `{`, `{}`, `{"id"`, `{"id":`, `{"id":}`, `{"done":evt_a,"at":1}`, `["id","evt_a"]`} {
-		content := appendRecord(nil, "id", "evt_a", 1, journalEvent("evt_a", 0, 0).Raw)
-		content = appendSealed(content, record)
-		content = appendRecord(content, "id", "evt_b", 1, journalEvent("evt_b", 0, 0).Raw)
 		m := newJournalModel(t)
-		m.bodies["evt_a"], m.bodies["evt_b"] = journalEvent("evt_a", 0, 0).Raw, journalEvent("evt_b", 0, 0).Raw
+		content := append(appendSealed(m.record("evt_a"), record), m.record("evt_b")...)
 		j := openOn(t, diskWith(filepath.Join("journal", "events-00000001.log"), content).process(), 0)
 		if ids, damages := m.pending(j); len(damages) != 1 || !slices.Equal(ids, []string{"evt_a", "evt_b"}) {
 			t.Errorf("%s: %q, %q", record, ids, damages)
@@ -8301,11 +8304,7 @@ func TestClockWasBehind(t *testing.T) {
 // TestDamageBeforeTear: a damaged line break joins a record to the torn one behind it. That is damage all the same.
 func TestDamageBeforeTear(t *testing.T) {
 	m := newJournalModel(t)
-	record := func(id string) []byte {
-		m.bodies[id] = journalEvent(id, 0, 100).Raw
-		return appendRecord(nil, "id", id, 1, m.bodies[id])
-	}
-	content, last := append(record("evt_0"), record("evt_1")...), record("evt_2")
+	content, last := append(m.record("evt_0"), m.record("evt_1")...), m.record("evt_2")
 	clear(content[len(content)-60:])
 	for cut := len(`00000000 {"id"`); cut < len(last); cut++ {
 		medium := diskWith(filepath.Join("journal", "events-00000001.log"), append(bytes.Clone(content), last[:cut]...))

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"offloadhook"
 )
 
@@ -27,6 +29,17 @@ func newInbox(t *testing.T, url string, tidyEvery time.Duration) *Inbox {
 	}
 	t.Cleanup(func() { in.Close() })
 	return in
+}
+
+// connect makes a connection like those of in, beside its pool.
+func connect(t *testing.T, in *Inbox) *pgx.Conn {
+	t.Helper()
+	conn, err := pgx.ConnectConfig(t.Context(), in.pool.Config().ConnConfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close(context.Background()) })
+	return conn
 }
 
 // die ends the session that holds the owner's lock, as the death of its process would. The pool goes on.

@@ -313,11 +313,7 @@ func TestTakeOverMany(t *testing.T) {
 	pgtest.Query[int](t, url, fmt.Sprintf(`INSERT INTO offload_events (event_id, case_id, body, owner, handed)
 		SELECT 'evt_'||i, nullif('case_'||i %% 1000, 'case_0'), convert_to('{"event_id":"evt_'||i||'"}', 'UTF8'), %d, true
 		FROM generate_series(1, 5000) AS i RETURNING 0`, dead.owner))
-	conn, err := pgx.ConnectConfig(t.Context(), in.pool.Config().ConnConfig)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
+	conn := connect(t, in)
 	if err := in.takeOver(t.Context(), conn, dead.owner); err != nil {
 		t.Fatal(err)
 	}
@@ -352,14 +348,10 @@ func TestTakeOverWaits(t *testing.T) {
 	if _, err := marking.Exec(t.Context(), setHanded, dead.owner, seqs[1:3], seqs[1], seqs[2]); err != nil {
 		t.Fatal(err)
 	}
-	conn, err := pgx.ConnectConfig(t.Context(), in.pool.Config().ConnConfig)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
+	conn := connect(t, in)
 	pid, over := conn.PgConn().PID(), make(chan error, 1)
 	go func() { over <- in.takeOver(t.Context(), conn, dead.owner) }()
-	for start := time.Now(); time.Since(start) < patience; time.Sleep(soon) {
+	for start := time.Now(); len(over) == 0 && time.Since(start) < patience; time.Sleep(soon) {
 		if pgtest.Query[int](t, url, fmt.Sprint(`SELECT cardinality(pg_blocking_pids(`, pid, `))`))[0] > 0 {
 			break
 		}
@@ -367,12 +359,10 @@ func TestTakeOverWaits(t *testing.T) {
 	if err := marking.Commit(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-over; stuck(err) { // the machine is slow
+	if err = <-over; stuck(err) { // the machine is slow
 		err = in.takeOver(t.Context(), conn, dead.owner)
-		if err != nil {
-			t.Fatal(err)
-		}
-	} else if err != nil {
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	if steps := pgtest.Query[int](t, url, `SELECT count(DISTINCT xmin::text) FROM offload_events`)[0]; steps != 1 {
@@ -610,11 +600,7 @@ func TestPlans(t *testing.T) {
 
 func checkPlans(t *testing.T, in *Inbox, table string) {
 	t.Helper()
-	conn, err := pgx.ConnectConfig(t.Context(), in.pool.Config().ConnConfig)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
+	conn := connect(t, in)
 	owner := fmt.Sprint(in.owner)
 	for _, test := range []struct{ name, statement, args, want string }{
 		{"claimed", setClaimed, "'evt_new','case_1','{}'," + owner, `Index Cond: \(case_id = `},
