@@ -3046,20 +3046,27 @@ func TestInboxShutdown(t *testing.T) {
 
 // TestInboxGaveUp: an event that was given up comes back after its rest, or by a redelivery.
 func TestInboxGaveUp(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		in := new(fakeInbox)
-		r := newRig(t, func(context.Context, *Envelope) error { return errTest }, WithInbox(in), WithRetry(2, time.Second))
-		synctest.Wait()
-		r.deliver(t, "evt_1", "case_1")
-		time.Sleep(9 * time.Minute)
-		expectEqual(t, "attempts before the rest is over", len(r.times("evt_1")), 2)
-		time.Sleep(2 * time.Minute)
-		expectEqual(t, "attempts after it", len(r.times("evt_1")), 4)
-		r.deliver(t, "evt_1", "case_1")
-		time.Sleep(time.Minute)
-		expectEqual(t, "attempts after a redelivery", len(r.times("evt_1")), 6)
-		expectEqual(t, "gave up", r.count(GaveUp), 3)
-	})
+	for name, open := range map[string]func(*testing.T) Inbox{
+		"fake":    func(*testing.T) Inbox { return new(fakeInbox) },
+		"Journal": func(t *testing.T) Inbox { return openOn(t, newDisk().process(), 0) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, func(context.Context, *Envelope) error { return errTest },
+					WithInbox(open(t)), WithRetry(2, time.Second))
+				synctest.Wait()
+				r.deliver(t, "evt_1", "case_1")
+				time.Sleep(9 * time.Minute)
+				expectEqual(t, "attempts before the rest is over", len(r.times("evt_1")), 2)
+				time.Sleep(2 * time.Minute)
+				expectEqual(t, "attempts after it", len(r.times("evt_1")), 4)
+				r.deliver(t, "evt_1", "case_1")
+				time.Sleep(time.Minute)
+				expectEqual(t, "attempts after a redelivery", len(r.times("evt_1")), 6)
+				expectEqual(t, "gave up", r.count(GaveUp), 3)
+			})
+		})
+	}
 }
 
 // TestInboxOrder: promises 1, 3 and 5 with a store as the queue, for many schedules: readings that fail or take long,
