@@ -516,6 +516,25 @@ func TestAnswers(t *testing.T) {
 	})
 }
 
+// TestReasons: an answer says why, and of the store only that it failed.
+func TestReasons(t *testing.T) {
+	for _, test := range []struct {
+		err  error
+		want string
+	}{
+		{refusal(http.StatusMethodNotAllowed), "405 offloadhook: Method Not Allowed"},
+		{refusal(http.StatusRequestTimeout), "408 offloadhook: Request Timeout"},
+		{fmt.Errorf("%w: event_id is missing", ErrMalformed), "400 offloadhook: malformed event: event_id is missing"},
+		{fmt.Errorf("%w: 7 wait", ErrBusy), "503 offloadhook: no room"},
+		{fmt.Errorf("%w: the journal in /var/lib", ErrClosed), "503 offloadhook: closed"},
+		{errTest, "503 offloadhook: the store failed"},
+	} {
+		w := httptest.NewRecorder()
+		refuse(w, httptest.NewRequest("POST", "/", nil), test.err)
+		expectEqual(t, test.err.Error(), fmt.Sprintf("%d %s", w.Code, w.Body), test.want+"\n")
+	}
+}
+
 // TestHostileBodies sends every body that cannot be an event: 400, no callback, nothing stored.
 func TestHostileBodies(t *testing.T) {
 	files, err := filepath.Glob("testdata/hostile/*")
@@ -2975,6 +2994,19 @@ func TestInboxShutdown(t *testing.T) {
 		time.Sleep(time.Minute)
 		expectList(t, "called by the next", next.called(), "evt_1", "evt_2", "evt_3", "evt_4", "evt_5")
 		expectList(t, "then in the store", in.pending())
+	})
+
+	inBubble(t, "leaves what has arrived to the inbox", func(t *testing.T) {
+		in := &fakeInbox{onPending: func(int) error { time.Sleep(5 * time.Second); return nil }}
+		r := newRig(t, nil, WithInbox(in))
+		time.Sleep(sweepEvery + time.Second) // the first reading is over, the second goes on
+		r.deliver(t, "evt_1", "case_1")
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		expectList(t, "called", r.called())
+		expectList(t, "in the store", in.pending(), "evt_1")
 	})
 
 	// What was handled must not be handled again because it could not be recorded at once (promise 3).
