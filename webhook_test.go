@@ -433,6 +433,9 @@ func TestAnswers(t *testing.T) {
 					expectEqual(t, "Timestamp", ran.Timestamp, 0)
 				}
 				expectEqual(t, "handled", r.count(Handled), 1)
+				if calls := r.store.noted(); len(calls) > 0 { // it has no part in those that fail
+					expectEqual(t, "recorded", calls[len(calls)-1], "done "+ran.EventID+" <nil>")
+				}
 				for _, o := range r.observed {
 					expectEqual(t, "data did not fit", o.Err != nil, o.Outcome == Handled && test.drifted || o.Outcome == StoreFailed)
 				}
@@ -1424,6 +1427,9 @@ func TestDoneFails(t *testing.T) {
 			time.Sleep(time.Minute)
 			expectList(t, "called", r.called(), "evt_1", "evt_2")
 			expectEqual(t, "store failures", r.count(StoreFailed), 3)
+			for _, o := range r.observations("evt_1")[1:] {
+				expectEqual(t, "attempt of "+string(o.Outcome), o.Attempt, 1)
+			}
 			dones := 0
 			for _, c := range r.store.noted() {
 				if c == fmt.Sprintf("done evt_1 %v", result) {
@@ -1916,18 +1922,21 @@ func TestDefaultObserver(t *testing.T) {
 			return nil
 		}}, WithRetry(1, 0))
 		for _, body := range [][]byte{eventBody("evt_good", "case_1"), []byte(`{"event_id":"evt_new"}`)} {
-			if fresh, err := r.Deliver(t.Context(), body); !fresh || err != nil {
-				t.Fatal(fresh, err)
+			for _, want := range []bool{true, false} {
+				if fresh, err := r.Deliver(t.Context(), body); fresh != want || err != nil {
+					t.Fatal(fresh, err)
+				}
 			}
 		}
 		synctest.Wait()
 		expectEqual(t, "log without problems", log.String(), "")
+		logProblems(t.Context(), Observation{Outcome: Handled, Err: errors.New("data does not fit")})
 		_, _ = r.Deliver(t.Context(), eventBody("evt_bad", "case_secret"))
 		_, _ = r.Deliver(t.Context(), []byte("case_secret"))
 		if err := r.Shutdown(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		for _, want := range []string{string(GaveUp), "evt_bad", "oops", "TestDefaultObserver", string(Refused)} {
+		for _, want := range []string{"data does not fit", string(GaveUp), "evt_bad", "oops", "TestDefaultObserver", string(Refused)} {
 			if !strings.Contains(log.String(), want) {
 				t.Errorf("the log lacks %q: %s", want, &log)
 			}
@@ -2798,6 +2807,22 @@ func TestInboxFails(t *testing.T) {
 		expectList(t, "called", r.called(), "evt_1", "evt_2") // this store had the first, nevertheless
 	})
 
+	inBubble(t, "to be read again", func(t *testing.T) { // what comes meanwhile need not wait for that
+		in := &fakeInbox{onPending: func(call int) error {
+			if call > 1 {
+				return errTest
+			}
+			return nil
+		}}
+		r := newRig(t, nil, WithInbox(in))
+		time.Sleep(sweepEvery)
+		synctest.Wait()
+		expectEqual(t, "store failures", r.count(StoreFailed), 1)
+		r.deliver(t, "evt_1", "case_1")
+		synctest.Wait()
+		expectList(t, "called at once", r.called(), "evt_1")
+	})
+
 	// With an Inbox there is no end to recording the end: until then another receiver would run it again.
 	inBubble(t, "to record", func(t *testing.T) {
 		in := new(fakeInbox)
@@ -3197,6 +3222,18 @@ func TestMemory(t *testing.T) {
 		time.Sleep(time.Millisecond)
 		expectEqual(t, "after a day", claim(t, &m, "a"), true)
 		expectEqual(t, "being handled for a day", claim(t, &m, "A"), false)
+	})
+
+	inBubble(t, "Limit, by claims that are held", func(t *testing.T) {
+		m := Memory{Limit: 2}
+		for _, id := range []string{"a", "b"} {
+			handle(t, &m, id)
+		}
+		expectEqual(t, "a third", claim(t, &m, "c"), true)
+		expectEqual(t, "the oldest, which has gone", claim(t, &m, "a"), true)
+		expectEqual(t, "a fourth", claim(t, &m, "d"), true)
+		done(t, &m, "c", nil)
+		expectEqual(t, "a handled one beyond the limit", claim(t, &m, "c"), true)
 	})
 
 	inBubble(t, "a claim that is not held", func(t *testing.T) {
@@ -4042,7 +4079,7 @@ func journalEvent(id string, shape, size int) *Envelope {
 	format := []string{
 		`{"event_id":%q,"event_type":"case.completed","data":{"caseId":"c","result":"%s"}}`,
 		" \t{ \"event_id\" : %q,\r\n\n \"data\" : {\"caseId\":\"c\\u00e9\",\n\"result\":\"%s\"}\n} \n",
-		`{"event_id":%q,"data":{"caseId":"\"}\\","text":"é𝄞` + "\x7f\xff" + `%s"},"done":"x","at":1e9} `,
+		`{"event_id":%q,` + "\n" + `"data":{"caseId":"\"}\\","text":"é𝄞` + "\x7f\xff" + `%s"},"done":"x","at":1e9}`,
 	}[shape%3]
 	raw := fmt.Appendf(nil, format, id, strings.Repeat("x", size))
 	return &Envelope{EventID: id, Raw: raw}
@@ -4471,6 +4508,24 @@ func TestRow08TailIsCut(t *testing.T) {
 	if err := j.Close(); err != nil {
 		t.Error(err)
 	}
+	j = openOn(t, d, 0)
+	m.expectPending(j, false, false) // nothing that was refused is there
+
+	// Where that fails, too, the journal goes on in another file.
+	d.fault = diskFault{from: 1, span: 1 << 30, half: true}
+	if m.claim(j, journalEvent("evt_refused", 0, 1000)) {
+		t.Fatal("an event was acknowledged that could not be written")
+	}
+	torn, _ := medium.newest(".log")
+	d.heal()
+	m.claim(j, journalEvent("evt_last", 0, 0))
+	if newest, _ := medium.newest(".log"); newest == torn {
+		t.Error("it goes on in a torn file")
+	}
+	if err := j.Close(); err != nil {
+		t.Error(err)
+	}
+	m.expectPending(openOn(t, d, 0), false, false)
 }
 
 // A compaction is cut off at each of its operations, or one of them fails.
@@ -7390,6 +7445,25 @@ func TestInboxEventFromAnotherIsNotOvertaken(t *testing.T) {
 	})
 }
 
+// Events without a caseId are in no order, so none waits for the claim of another.
+func TestInboxClaimsWithoutCase(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := &fakeInbox{onClaim: func(_ context.Context, env *Envelope) error {
+			if env.EventID == "evt_0" {
+				time.Sleep(time.Second)
+			}
+			return nil
+		}}
+		r := newRig(t, nil, WithInbox(in))
+		synctest.Wait()
+		start, first := time.Now(), r.deliverAsync("evt_0", "")
+		synctest.Wait()
+		r.deliver(t, "evt_1", "")
+		expectEqual(t, "answered after", time.Since(start), 0)
+		<-first
+	})
+}
+
 // Another replica answers a duplicate of evt_0 before this one knows that the event is its own, so a later event of the
 // case is delivered here meanwhile; between them comes one that is known to be no new one at once.
 func TestInboxClaimIsNotOvertaken(t *testing.T) {
@@ -7644,17 +7718,19 @@ func (d *readdirDisk) list(string) (entries []fs.DirEntry, err error) {
 
 // The copy gets its name while an opener lists the directory.
 func TestRow17ListingMissesTheCopy(t *testing.T) {
-	medium := newDisk()
-	resume := journalAtRename(t, medium)
-	d := &readdirDisk{diskProcess: medium.process()}
-	d.during = func(n int) {
-		if n == 2 { // load lists
-			resume()
+	for when := 1; when <= 2; when++ { // before it makes its own file, and when it has read the others
+		medium := newDisk()
+		resume := journalAtRename(t, medium)
+		d := &readdirDisk{diskProcess: medium.process()}
+		d.during = func(n int) {
+			if n == when {
+				resume()
+			}
 		}
-	}
-	b := openOn(t, d, 0)
-	if ids := journalPending(t, b); !slices.Equal(ids, []string{"evt_a"}) {
-		t.Error("acknowledged evt_a; kept ", ids, diskNames(medium))
+		b := openOn(t, d, 0)
+		if ids := journalPending(t, b); !slices.Equal(ids, []string{"evt_a"}) {
+			t.Errorf("listing %d: acknowledged evt_a; kept %q of %q", when, ids, diskNames(medium))
+		}
 	}
 }
 
@@ -7797,6 +7873,11 @@ func TestRow09CompactionBesideAnFsync(t *testing.T) {
 	journalWait(t, "a new file", locked(func() bool { return j.last().gen > gen }))
 	claim("evt_2")
 	journalWait(t, "a claim to wait", locked(func() bool { return len(j.claims) == 3 }))
+	journalWait(t, "the copying to wait for the fsync", func() bool {
+		stacks := make([]byte, 1<<20)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		return bytes.Contains(stacks, []byte("[chan receive]:\noffloadhook.(*Journal).copyTo("))
+	})
 	close(release)
 	claims.Wait()
 	d.die()
@@ -8513,11 +8594,13 @@ func TestRoomOfFailed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		calls := make(map[string]int)
 		r := newRig(t, func(_ context.Context, env *Envelope) error {
-			if calls[env.EventID]++; calls[env.EventID] == 1 {
+			if calls[env.EventID]++; calls[env.EventID] == 1 && env.EventID != "evt_0" {
 				return errTest
 			}
 			return nil
 		}, WithBacklog(1), WithRetry(2, time.Hour))
+		r.deliver(t, "evt_0", "case_0")
+		synctest.Wait()
 		r.deliver(t, "evt_1", "case_1") // rests for 45 to 75 minutes
 		time.Sleep(40 * time.Minute)
 		r.deliver(t, "evt_2", "case_2")
@@ -8552,6 +8635,15 @@ func TestShutdownRecords(t *testing.T) {
 			expectEqual(t, "told as unfinished", r.count(Unfinished), 0)
 		})
 	}
+	inBubble(t, "being recorded", func(t *testing.T) {
+		r := newRig(t, nil)
+		r.store.onDone = func(context.Context, *Envelope, error) error { time.Sleep(time.Second); return nil }
+		r.deliver(t, "evt_1", "case_1")
+		synctest.Wait()
+		_ = r.Shutdown(ended())
+		time.Sleep(time.Minute)
+		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Handled)
+	})
 	inBubble(t, "inbox", func(t *testing.T) {
 		in := &fakeInbox{onDone: func(*Envelope) error { return errors.New("the store is away") }}
 		for want := 1; want >= 0; want-- {
@@ -8607,12 +8699,22 @@ func TestTwoShutdowns(t *testing.T) {
 // TestDriftAndPanic: the observer is told of drift also where Other panics.
 func TestDriftAndPanic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, func(context.Context, *Envelope) error { panic("surprised") }, WithRetry(2, 0))
-		body := `{"event_id":"evt_1","event_type":"case.completed","data":{"caseId":7}}`
-		if _, err := r.Deliver(t.Context(), []byte(body)); err != nil {
-			t.Fatal(err)
+		r := newRig(t, func(_ context.Context, env *Envelope) error {
+			if env.EventID == "evt_1" {
+				panic("surprised")
+			}
+			return nil
+		}, WithRetry(2, 0))
+		for _, id := range []string{"evt_1", "evt_2"} {
+			body := `{"event_id":"` + id + `","event_type":"case.completed","data":{"caseId":7}}`
+			if _, err := r.Deliver(t.Context(), []byte(body)); err != nil {
+				t.Fatal(err)
+			}
 		}
 		synctest.Wait()
+		told := r.observations("evt_2")
+		expectEqual(t, "outcome", told[1].Outcome, Handled)
+		expectEqual(t, "its error", told[1].Err.Error(), "offloadhook: data does not fit: caseId is a JSON number, want string")
 		expectList(t, "outcomes", r.outcomes("evt_1"), Accepted, Retrying, GaveUp)
 		for _, o := range r.observations("evt_1")[1:] {
 			if p := (*PanicError)(nil); !errors.As(o.Err, &p) || !strings.Contains(o.Err.Error(), "data does not fit") {
@@ -8845,6 +8947,15 @@ func TestSlackEnds(t *testing.T) {
 	j.compact()
 	if j.slack == 0 {
 		t.Fatal("it has not failed")
+	}
+	var told []error
+	for _, err := range j.Pending(t.Context()) {
+		if err != nil {
+			told = append(told, err)
+		}
+	}
+	if len(told) != 1 || !errors.Is(told[0], errDisk) {
+		t.Errorf("Pending yields the errors %v, want that of the disk", told)
 	}
 	d.hook = nil
 	j.renewal.Lock()
