@@ -169,9 +169,9 @@ func (s *idSet) drop() {
 
 // Journal is the Inbox for one Receiver with a local disk: append-only text files in a directory of its own, one
 // record per line: a checksum (CRC-32C in hex), a space, and JSON. {"id":…,"at":…,"event":…} is a claim with the body
-// as it was received, or "base64" where that has line breaks or white space around it; {"done":…,"at":…} is its end;
-// times are Unix milliseconds. Of finished events, compaction keeps {"sha256":…,"at":…}: the first halves of the
-// hashes of their ids, and the time of the last.
+// as it was received, or "base64" where that has line breaks; {"done":…,"at":…} is its end; times are Unix
+// milliseconds. Of finished events, compaction keeps {"sha256":…,"at":…}: the first halves of the hashes of their ids,
+// and the time of the last.
 //
 // OpenJournal makes one. Its methods are safe for concurrent use, and wait for the disk, not for their context. Claims
 // go on during a compaction, except during two fsyncs of the directory. Only one Journal at a time uses a directory: a
@@ -862,7 +862,7 @@ func appendRecord(buf []byte, kind, value string, at int64, event []byte) []byte
 	buf = append(append(buf, "00000000 {\""...), kind...)
 	buf = append(append(buf, "\":"...), quoted...)
 	buf = strconv.AppendInt(append(buf, `,"at":`...), at, 10)
-	if bytes.IndexByte(event, '\n') >= 0 || len(bytes.TrimSpace(event)) < len(event) {
+	if bytes.IndexByte(event, '\n') >= 0 {
 		buf = append(base64.StdEncoding.AppendEncode(append(buf, `,"base64":"`...), event), '"')
 	} else if event != nil {
 		buf = append(append(buf, `,"event":`...), event...)

@@ -825,7 +825,6 @@ func (r *Receiver) settle(t *task, over bool) {
 			}
 		})
 	}
-	r.checkDrained()
 	r.checkWake()
 	r.mu.Unlock()
 	if dead && !t.ended && r.inbox == nil {

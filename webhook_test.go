@@ -4077,7 +4077,7 @@ func (m *journalModel) record(id string) []byte {
 // journalEvent returns an event whose bytes are easily spoiled: by number of another shape, and size bytes larger.
 func journalEvent(id string, shape, size int) *Envelope {
 	format := []string{
-		`{"event_id":%q,"event_type":"case.completed","data":{"caseId":"c","result":"%s"}}`,
+		"\r\t" + `{"event_id":%q,"event_type":"case.completed","data":{"caseId":"c","result":"%s"}}` + " \r",
 		" \t{ \"event_id\" : %q,\r\n\n \"data\" : {\"caseId\":\"c\\u00e9\",\n\"result\":\"%s\"}\n} \n",
 		`{"event_id":%q,` + "\n" + `"data":{"caseId":"\"}\\","text":"é𝄞` + "\x7f\xff" + `%s"},"done":"x","at":1e9}`,
 	}[shape%3]
@@ -7837,6 +7837,35 @@ func TestRow07FailedCopyStays(t *testing.T) {
 	journalClaimed(t, j, "evt")
 }
 
+// A Done that comes before its claim is durable ends nothing: that claim is not held yet.
+func TestDoneBesideTheClaim(t *testing.T) {
+	medium := newDisk()
+	d := medium.process()
+	j := openOn(t, d, 0)
+	env := journalEvent("evt_1", 0, 0)
+	d.onSync(func() {
+		if err := j.Done(t.Context(), env, nil); err != nil {
+			t.Error(err)
+		}
+	})
+	if fresh, err := j.Claim(t.Context(), env); !fresh || err != nil {
+		t.Errorf("Claim: %v, %v", fresh, err)
+	}
+	d.die()
+	expectList(t, "kept", journalPending(t, openOn(t, medium.process(), 0)), "evt_1")
+}
+
+// unlistableDisk has a directory that can be made, and not be found.
+type unlistableDisk struct{ *diskProcess }
+
+func (unlistableDisk) list(string) ([]fs.DirEntry, error) { return nil, fs.ErrNotExist }
+
+func TestUnlistableDirectory(t *testing.T) {
+	if _, err := openJournal(unlistableDisk{newDisk().process()}, "journal", 0); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("opening: %v", err)
+	}
+}
+
 // A compaction begins while claims wait for the fsync after the one that runs. Later claims are in another file.
 func TestRow09CompactionBesideAnFsync(t *testing.T) {
 	medium := newDisk()
@@ -8612,6 +8641,26 @@ func TestRoomOfFailed(t *testing.T) {
 		}
 		expectEqual(t, "room taken", len(r.room), 0)
 		expectEqual(t, "failed", r.failed, 0)
+	})
+}
+
+// TestShutdownWaitsForTheObserver: whoever waits for Shutdown has been told everything.
+func TestShutdownWaitsForTheObserver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		told := false
+		r := Handler(Callbacks{Other: func(context.Context, *Envelope) error { return errTest }}, WithRetry(1, 0),
+			WithObserver(func(_ context.Context, o Observation) {
+				if o.Outcome == GaveUp {
+					time.Sleep(time.Second)
+					told = true
+				}
+			}))
+		_, _ = r.Deliver(t.Context(), []byte(`{"event_id":"evt_1"}`))
+		synctest.Wait() // the event has ended, but for that
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Error(err)
+		}
+		expectEqual(t, "told that it gave up", told, true)
 	})
 }
 
