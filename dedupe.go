@@ -181,7 +181,7 @@ type Journal struct {
 	dir       string
 	retention time.Duration
 
-	renewal sync.Mutex // held by renew; locked before mu
+	renewal sync.Mutex // held during a renew; locked before commits and mu
 	commits sync.Mutex // held during the fsync of a group; locked before mu
 
 	mu      sync.Mutex // protects what follows; held during no fsync of a file but at Close
@@ -405,7 +405,7 @@ func (j *Journal) Pending(ctx context.Context) iter.Seq2[*Envelope, error] {
 			j.mu.Lock()
 			env, err := (*Envelope)(nil), cmp.Or(j.closed, ctx.Err())
 			stop := err != nil
-			rested := time.Since(c.gaveUp) >= 10*time.Minute
+			rested := time.Since(c.gaveUp) >= 10*time.Minute // or was not given up
 			if !stop && j.claims[c.id] == c && (all || rested) {
 				c.gaveUp = time.Time{}
 				_, env, err = j.read(c)
@@ -479,7 +479,7 @@ func (j *Journal) commit(g *group) {
 		_ = j.write() // if that fails, g is refused
 		j.group = nil
 	}
-	if g.err != nil {
+	if g.err != nil { // refused, now or meanwhile
 		return
 	}
 	file := g.claims[0].file
@@ -704,8 +704,8 @@ func (j *Journal) compact() {
 }
 
 // renew goes on in a new file and copies what is alive to another, which comes before that by its number, so that the
-// order of the files stays that of the events. When the copy is durable, the older files go. After a failed fsync
-// nothing is written to the new file before that; else claims go on. renewal and mu are held.
+// order of the files stays that of the events. When the copy is durable, the older files go. At the opening and after a
+// failed fsync nothing is written to the new file before that; else claims go on. renewal and mu are held.
 func (j *Journal) renew() (err error) {
 	sound := !j.bad()
 	if j.last().bad != errNew { // else a renewal has failed before
@@ -743,7 +743,7 @@ func (j *Journal) renew() (err error) {
 		dst.diskFile, err = j.disk.open(path, os.O_RDWR)
 	}
 	if live.bad == errNew && (err == nil || j.disk.remove(path) != nil) {
-		live.bad = err // lest another copy overwrite this one
+		live.bad = err // if the copy stays, no longer errNew, lest the next one overwrite it
 	}
 	if err != nil {
 		return err

@@ -146,11 +146,11 @@ func parse(body []byte) (env *Envelope, caseID string, err error) {
 	ids := 0
 	start := skipSpace(body, 0)
 	end := scan(body, start, nesting, func(name []byte, i int) int {
-		end, inside := scanData(body, i, nesting-1)
-		if end < 0 {
-			return end
+		after, inside := scanData(body, i, nesting-1)
+		if after < 0 {
+			return after
 		}
-		switch value := body[i:end:end]; string(name) {
+		switch value := body[i:after:after]; string(name) {
 		case "event_id":
 			ids++
 			id, env.EventID = value, text(value)
@@ -164,7 +164,7 @@ func parse(body []byte) (env *Envelope, caseID string, err error) {
 		case "data":
 			env.Data, caseID = value, inside
 		}
-		return end
+		return after
 	})
 	switch {
 	case end < 0 || at(body, start) != '{' || skipSpace(body, end) < len(body):
@@ -206,25 +206,25 @@ func fill(v reflect.Value, b []byte, i int) (end int, field string, err error) {
 	switch {
 	case v.Kind() == reflect.Struct && first == '{':
 		fields := fieldsOf(v.Type())
-		member = func(name []byte, i int) (end int) {
+		member = func(name []byte, i int) (after int) {
 			index, known := fields[string(name)]
 			if !known {
 				return scan(b, i, nesting, nil)
 			}
-			if end, field, err = fill(v.FieldByIndex(index), b, i); err != nil {
+			if after, field, err = fill(v.FieldByIndex(index), b, i); err != nil {
 				field = "." + string(name) + field
 			}
-			return end
+			return after
 		}
 	case v.Kind() == reflect.Slice && first == '[' && !raw:
 		v.SetZero()
 		v.Grow(1) // not nil, as for absent and null
-		member = func(_ []byte, i int) (end int) {
+		member = func(_ []byte, i int) (after int) {
 			n := v.Len()
 			v.Grow(1)
 			v.SetLen(n + 1)
-			end, field, err = fill(v.Index(n), b, i)
-			return end
+			after, field, err = fill(v.Index(n), b, i)
+			return after
 		}
 	}
 	if end = scan(b, i, nesting, member); end < 0 || member != nil {
@@ -267,11 +267,11 @@ var structFields sync.Map
 // there is none. As in the payload, the last that is not null counts.
 func scanData(b []byte, i, deepest int) (end int, caseID string) {
 	end = scan(b, i, deepest, func(name []byte, i int) int {
-		end := scan(b, i, deepest-1, nil)
-		if string(name) == "caseId" && end > 0 && string(b[i:end]) != "null" {
-			caseID = text(b[i:end])
+		after := scan(b, i, deepest-1, nil)
+		if string(name) == "caseId" && after > 0 && string(b[i:after]) != "null" {
+			caseID = text(b[i:after])
 		}
-		return end
+		return after
 	})
 	return end, caseID
 }
@@ -282,7 +282,7 @@ func usableID(id string) bool {
 }
 
 // halfPair reports whether value, a JSON string that spells id, has a \u escape that is half of a surrogate pair:
-// encoding/json reads each of them as U+FFFD, which would make one id of two.
+// encoding/json reads each such half as U+FFFD, which would make one id of two.
 func halfPair(value []byte, id string) bool {
 	n := strings.Count(id, "\uFFFD")
 	if n == 0 {
@@ -308,7 +308,7 @@ func text(value []byte) string {
 // nesting is how deep a body may be nested: as deep as for encoding/json.
 const nesting = 10_000
 
-// scan returns the index after the JSON value that starts at b[i], or -1 if none does or it is nested deeper than that.
+// scan returns the index after the JSON value that starts at b[i], or -1 if none does or it nests more than deepest.
 // If it is an object or array, member is called where each value in it starts, in an array without a name; it scans
 // that value itself, and returns the same.
 func scan(b []byte, i, deepest int, member func(name []byte, i int) int) int {

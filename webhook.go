@@ -110,7 +110,7 @@ type Receiver struct {
 	lastClaims map[string]*task // by case id: the last task of each case that is being decided, with an inbox
 	tails      map[string]*task // by case id: the last task of each case that has any; the first leads to it by next
 	ready      []*task          // those whose turn it is, in order
-	running    int              // goroutines that run tasks: at most concurrency
+	running    int              // goroutines that run tasks, at most concurrency; and one for an abandon
 	failed     int              // tasks that have failed; as many as backlog take no room
 
 	behind   bool                // the inbox may have events that are not in memory: new ones stay there, behind them
@@ -475,11 +475,11 @@ func (r *Receiver) deliver(ctx context.Context, start time.Time, body []byte, er
 // shares the outcome, whichever it is: none is answered before the claim is held (promise 3).
 func (r *Receiver) accept(t *task) (fresh bool, err error) {
 	r.mu.Lock()
-	first, before, closed := r.tasks[t.env.EventID], (*task)(nil), r.closed
+	first, before, closed := r.tasks[t.env.EventID], r.lastClaims[t.caseID], r.closed
 	if first == nil && !closed {
 		r.tasks[t.env.EventID] = t
 		if r.inbox != nil && t.caseID != "" {
-			before, r.lastClaims[t.caseID] = r.lastClaims[t.caseID], t
+			r.lastClaims[t.caseID] = t
 		}
 	}
 	r.mu.Unlock()
@@ -508,7 +508,7 @@ func (r *Receiver) accept(t *task) (fresh bool, err error) {
 	ctx, cancel := r.storeContext(t.ctx)
 	defer cancel()
 	fresh, err = r.store.Claim(ctx, t.env)
-	if before != nil { // a replica that shares the inbox may have acknowledged it already
+	if before != nil { // a replica that shares the inbox may have acknowledged that one before this one was sent
 		select {
 		case <-before.decided:
 		case <-time.After(storeTimeout): // that claim may be what makes this delivery, and wait for it
@@ -716,7 +716,7 @@ type callbackContext struct {
 }
 
 func (c *callbackContext) Value(key any) any {
-	if v := c.Context.Value(key); v != nil {
+	if v := c.Context.Value(key); v != nil { // what package context looks for, to spare each child a goroutine
 		return v
 	}
 	return c.values.Value(key)
@@ -916,12 +916,11 @@ func (r *Receiver) abandon(reason error) {
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
 	for _, t := range waiting {
-		result := t.result
 		if !t.ended {
-			result = ErrClosed
+			t.result = ErrClosed
 		}
 		if ctx.Err() == nil {
-			_ = r.done(&callbackContext{ctx, t.ctx}, t, result)
+			_ = r.done(&callbackContext{ctx, t.ctx}, t, t.result)
 		}
 		if !t.ended {
 			tell(t)
@@ -977,20 +976,19 @@ func (r *Receiver) readInbox() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	passedOver := slices.ContainsFunc(undecided, func(t *task) bool { return t.state == deciding })
-	caughtUp := whole && !passedOver && !(failing && (wasBehind || len(r.arrivals) > 0))
-	r.behind = r.behind || !caughtUp
+	r.behind = r.behind || !whole || passedOver || failing && (wasBehind || len(r.arrivals) > 0)
 	for _, t := range r.arrivals {
-		if t.state != arrived { // Shutdown or abandon has dropped it
-			continue
-		}
-		if r.behind = r.behind || !r.room.take(); r.behind {
-			r.forget(t) // it stays in the inbox
-		} else {
+		switch {
+		case t.state != arrived: // Shutdown or abandon has dropped it
+		case !r.behind && r.room.take():
 			r.enqueue(t)
+		default:
+			r.behind = true
+			r.forget(t) // it stays in the inbox
 		}
 	}
-	r.reading, r.arrivals = nil, nil
-	if r.failing = failing; failing {
+	r.reading, r.arrivals, r.failing = nil, nil, failing
+	if failing {
 		r.sweep.Reset(storeRest)
 	} else {
 		r.sweep.Reset(time.Until(start.Add(sweepEvery)))
@@ -1007,26 +1005,24 @@ func (r *Receiver) readBack(env *Envelope, start time.Time, undecided *[]*task) 
 	defer r.mu.Unlock()
 	t := r.tasks[env.EventID]
 	_, ended := r.reading[env.EventID]
-	switch {
-	case t == nil && ended || t != nil && (t.state == queued || t.state == running):
-		return true
-	case t != nil: // it is being decided, or has arrived and follows this reading
+	if t != nil && (t.state == deciding || t.state == arrived) { // what has arrived follows this reading
 		*undecided = append(*undecided, t)
+	}
+	if t != nil || ended {
 		return true
 	}
 	copied := *env // the struct is the inbox's to use again
 	_, caseID := scanData(env.Data, 0, nesting)
 	t = &task{env: &copied, ctx: context.Background(), caseID: caseID, decided: make(chan struct{})}
 	close(t.decided)
-	switch {
-	case slices.ContainsFunc(*undecided, func(u *task) bool { return t.caseID != "" && t.caseID == u.caseID }):
+	if slices.ContainsFunc(*undecided, func(u *task) bool { return t.caseID != "" && t.caseID == u.caseID }) {
 		r.behind = true
-	case r.closed || !r.room.take():
-		return false
-	default:
-		r.tasks[env.EventID] = t
-		r.enqueue(t)
-		return time.Since(start) < sweepEvery/2 // lest the reading outlast its context
+		return true
 	}
-	return true
+	if r.closed || !r.room.take() {
+		return false
+	}
+	r.tasks[env.EventID] = t
+	r.enqueue(t)
+	return time.Since(start) < sweepEvery/2 // lest the reading outlast its context
 }
