@@ -7557,29 +7557,32 @@ func TestInboxArrivalIsNotOvertakenByAnother(t *testing.T) {
 // An event is read from the inbox while its claim has not returned: what the inbox has of other cases goes on, what it
 // has of the same case waits.
 func TestInboxUndecidedHoldsItsCaseOnly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		answer := make(chan error)
-		in := &lateInbox{fakeInbox: &fakeInbox{onClaim: func(context.Context, *Envelope) error { return <-answer }}}
-		rigs, first := make(chan *rig, 1), make(chan (<-chan delivery), 1)
-		in.before = func() {
-			if len(in.readings()) == 0 {
-				first <- (<-rigs).deliverAsync("evt_0", "case_1")
-				time.Sleep(time.Second) // it is stored
-				in.change(func() {
-					in.put("evt_1", "case_1")
-					in.put("evt_2", "case_2")
-				})
+	for caseID, before := range map[string][]string{"case_1": {"evt_2"}, "": {"evt_1", "evt_2"}} {
+		inBubble(t, "case="+caseID, func(t *testing.T) {
+			answer := make(chan error)
+			in := &lateInbox{fakeInbox: &fakeInbox{onClaim: func(context.Context, *Envelope) error { return <-answer }}}
+			rigs, first := make(chan *rig, 1), make(chan (<-chan delivery), 1)
+			in.before = func() {
+				if len(in.readings()) == 0 {
+					first <- (<-rigs).deliverAsync("evt_0", caseID)
+					time.Sleep(time.Second) // it is stored
+					in.change(func() {
+						in.put("evt_1", caseID)
+						in.put("evt_2", "case_2")
+					})
+				}
 			}
-		}
-		r := newRig(t, nil, WithInbox(in))
-		rigs <- r
-		time.Sleep(2 * time.Second)
-		expectList(t, "callbacks before the claim has returned", r.called(), "evt_2")
-		answer <- nil
-		<-<-first
-		synctest.Wait()
-		expectList(t, "callbacks", r.called(), "evt_2", "evt_0", "evt_1")
-	})
+			r := newRig(t, nil, WithInbox(in), WithConcurrency(1))
+			rigs <- r
+			time.Sleep(2 * time.Second)
+			expectList(t, "callbacks before the claim has returned", r.called(), before...)
+			answer <- nil
+			<-<-first
+			synctest.Wait()
+			after := []string{"evt_0", "evt_1"}
+			expectList(t, "callbacks after it", r.called()[len(before):], after[:3-len(before)]...)
+		})
+	}
 }
 
 // As on Windows: an open file can be neither renamed nor removed.
