@@ -1936,7 +1936,8 @@ func TestDefaultObserver(t *testing.T) {
 		if err := r.Shutdown(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		for _, want := range []string{"data does not fit", string(GaveUp), "evt_bad", "oops", "TestDefaultObserver", string(Refused)} {
+		problems := []string{"data does not fit", string(GaveUp), "evt_bad", "oops", "TestDefaultObserver", string(Refused)}
+		for _, want := range problems {
 			if !strings.Contains(log.String(), want) {
 				t.Errorf("the log lacks %q: %s", want, &log)
 			}
@@ -2266,17 +2267,22 @@ func TestShutdownUnderLoad(t *testing.T) {
 	}
 }
 
+// stacks returns the stacks of all goroutines, that of the caller first.
+func stacks() string {
+	all := make([]byte, 4<<20)
+	return string(all[:runtime.Stack(all, true)])
+}
+
 // ourGoroutines counts the goroutines of this bubble that run, or were started by, a receiver. Others may be those of
 // receivers that a test has abandoned: such a one reads its inbox every 10 s.
 func ourGoroutines() (n int) {
-	stacks := make([]byte, 4<<20)
-	stacks = stacks[:runtime.Stack(stacks, true)]
-	own, _, _ := strings.Cut(string(stacks), "\n")
+	all := stacks()
+	own, _, _ := strings.Cut(all, "\n")
 	_, bubble, found := strings.Cut(own, ", synctest bubble ")
 	if !found {
 		panic("not in a bubble: " + own)
 	}
-	for stack := range strings.SplitSeq(string(stacks), "\n\n") {
+	for stack := range strings.SplitSeq(all, "\n\n") {
 		head, _, _ := strings.Cut(stack, "\n")
 		if strings.HasSuffix(head, ", synctest bubble "+bubble) && strings.Contains(stack, "offloadhook.(*Receiver)") {
 			n++
@@ -3107,21 +3113,19 @@ func TestInboxGaveUp(t *testing.T) {
 		"fake":    func(*testing.T) Inbox { return new(fakeInbox) },
 		"Journal": func(t *testing.T) Inbox { return openOn(t, newDisk().process(), 0) },
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				r := newRig(t, func(context.Context, *Envelope) error { return errTest },
-					WithInbox(open(t)), WithRetry(2, time.Second))
-				synctest.Wait()
-				r.deliver(t, "evt_1", "case_1")
-				time.Sleep(9 * time.Minute)
-				expectEqual(t, "attempts before the rest is over", len(r.times("evt_1")), 2)
-				time.Sleep(2 * time.Minute)
-				expectEqual(t, "attempts after it", len(r.times("evt_1")), 4)
-				r.deliver(t, "evt_1", "case_1")
-				time.Sleep(time.Minute)
-				expectEqual(t, "attempts after a redelivery", len(r.times("evt_1")), 6)
-				expectEqual(t, "gave up", r.count(GaveUp), 3)
-			})
+		inBubble(t, name, func(t *testing.T) {
+			r := newRig(t, func(context.Context, *Envelope) error { return errTest },
+				WithInbox(open(t)), WithRetry(2, time.Second))
+			synctest.Wait()
+			r.deliver(t, "evt_1", "case_1")
+			time.Sleep(9 * time.Minute)
+			expectEqual(t, "attempts before the rest is over", len(r.times("evt_1")), 2)
+			time.Sleep(2 * time.Minute)
+			expectEqual(t, "attempts after it", len(r.times("evt_1")), 4)
+			r.deliver(t, "evt_1", "case_1")
+			time.Sleep(time.Minute)
+			expectEqual(t, "attempts after a redelivery", len(r.times("evt_1")), 6)
+			expectEqual(t, "gave up", r.count(GaveUp), 3)
 		})
 	}
 }
@@ -7906,9 +7910,7 @@ func TestRow09CompactionBesideAnFsync(t *testing.T) {
 	claim("evt_2")
 	journalWait(t, "a claim to wait", locked(func() bool { return len(j.claims) == 3 }))
 	journalWait(t, "the copying to wait for the fsync", func() bool {
-		stacks := make([]byte, 1<<20)
-		stacks = stacks[:runtime.Stack(stacks, true)]
-		return bytes.Contains(stacks, []byte("[chan receive]:\noffloadhook.(*Journal).copyTo("))
+		return strings.Contains(stacks(), "[chan receive]:\noffloadhook.(*Journal).copyTo(")
 	})
 	close(release)
 	claims.Wait()
@@ -8321,9 +8323,8 @@ func TestClaimedAnewWhileDamaged(t *testing.T) {
 				fresh, _ := j.Claim(t.Context(), env)
 				beside <- fresh
 			}()
-			stacks := make([]byte, 1<<20)
 			journalWait(t, "the second claim", func() bool {
-				return bytes.Count(stacks[:runtime.Stack(stacks, true)], []byte("offloadhook.(*Journal).Claim(")) > 1
+				return strings.Count(stacks(), "offloadhook.(*Journal).Claim(") > 1
 			})
 			if refused {
 				return diskFails(op, path)
@@ -8529,9 +8530,8 @@ func TestSlowFailure(t *testing.T) {
 			return nil
 		}
 		if tries++; tries == 2 { // the first is that of the claim
-			stacks := make([]byte, 1<<20)
 			journalWait(t, "the claims", func() bool {
-				return bytes.Count(stacks[:runtime.Stack(stacks, true)], []byte("[sync.Mutex.Lock")) >= count-1
+				return strings.Count(stacks(), "[sync.Mutex.Lock") >= count-1
 			})
 		}
 		return diskFails(op, path)
@@ -8993,20 +8993,15 @@ func TestBlockKeepsTheLastTime(t *testing.T) {
 func TestSlackEnds(t *testing.T) {
 	d := newDisk().process()
 	j := openOn(t, d, 0)
-	journalClaimed(t, j, "evt_1")
+	m := newJournalModel(t)
+	m.claim(j, journalEvent("evt_1", 0, 0))
 	d.failWhere(func(op, _ string) bool { return op == "rename" })
 	j.renewal.Lock()
 	j.compact()
 	if j.slack == 0 {
 		t.Fatal("it has not failed")
 	}
-	var told []error
-	for _, err := range j.Pending(t.Context()) {
-		if err != nil {
-			told = append(told, err)
-		}
-	}
-	if len(told) != 1 || !errors.Is(told[0], errDisk) {
+	if _, told := m.pending(j); len(told) != 1 || !errors.Is(told[0], errDisk) {
 		t.Errorf("Pending yields the errors %v, want that of the disk", told)
 	}
 	d.hook = nil
