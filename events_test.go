@@ -579,6 +579,9 @@ func TestHostile(t *testing.T) {
 					t.Errorf("err = %v", err)
 				}
 				quoteless(fmt.Sprint(err))
+				if strings.Contains(fmt.Sprint(err), "event_id") != strings.HasPrefix(name, "event_id_") {
+					t.Errorf("%v: that is not what is wrong with it", err)
+				}
 			}
 			env, err := offloadhook.ParseEnvelope(body)
 			if env != nil {
