@@ -5411,6 +5411,18 @@ func TestJournalClosed(t *testing.T) {
 	}
 }
 
+// An id that ParseEnvelope would refuse, which only an Envelope made by hand has, would not come back from the file.
+func TestJournalRefusesUnusableIDs(t *testing.T) {
+	j := journalOpen(t, t.TempDir())
+	for _, id := range []string{"", "evt\n1", "evt\x7f", "evt\xff", strings.Repeat("x", 256)} {
+		env := &Envelope{EventID: id, Raw: eventBody("evt_1", "case_1")}
+		if fresh, err := j.Claim(t.Context(), env); fresh || !errors.Is(err, ErrMalformed) {
+			t.Errorf("Claim of %q returned %v, %v", id, fresh, err)
+		}
+	}
+	expectList(t, "pending", journalPending(t, j))
+}
+
 // journalCallbacks returns callbacks that all call f.
 func journalCallbacks(f func(ctx context.Context, env *Envelope) error) Callbacks {
 	return Callbacks{
