@@ -7922,7 +7922,7 @@ func TestRow09CompactionBesideAnFsync(t *testing.T) {
 	claim("evt_2")
 	journalWait(t, "a claim to wait", locked(func() bool { return len(j.claims) == 3 }))
 	journalWait(t, "the copying to wait for the fsync", func() bool {
-		return strings.Contains(stacks(), "[chan receive]:\noffloadhook.(*Journal).copyTo(")
+		return regexp.MustCompile(`\[chan receive\]:\n\S*offloadhook\.\(\*Journal\)\.copyTo\(`).MatchString(stacks())
 	})
 	close(release)
 	claims.Wait()
