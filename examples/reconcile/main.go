@@ -4,13 +4,15 @@
 // The event_id follows from the case, so what the webhook has brought is a duplicate, and what it has not is handled.
 //
 //	export OFFLOAD_API_URL=https://… OFFLOAD_API_KEY=…
-//	go run ./examples/reconcile -dir /var/lib/myapp/offload cases.txt                         one round
-//	go run ./examples/reconcile -dir /var/lib/myapp/offload -addr :8080 -every 10m cases.txt  beside the webhook
+//	go run ./examples/reconcile -dir /var/lib/reconcile/offload cases.txt                         one round
+//	go run ./examples/reconcile -dir /var/lib/reconcile/offload -addr :8080 -every 10m cases.txt  beside the webhook
 //
 // OFFLOAD_TOKEN is the secret that the webhook URL carries; several, parted by commas, for rotation.
 //
-// A journal belongs to one process: to open it takes it over. So do not run this beside a server that has the same
-// journal; let it serve the webhook itself, as in the second line, or copy reconcile.go into your server. With a store
+// A journal belongs to one process: to open it takes it over, with what waits in it, which worker.do would handle here.
+// So do not run this on the journal of a server, neither beside it nor between two runs of it; let this serve the webhook
+// itself, as in the second line, with your own work in worker.do, or copy reconcile.go into your server. When another
+// process takes the journal over, this ends with exit status 3; to be started again it would take it back. With a store
 // that replicas share it may be a program of its own, but it cannot know then what the replicas have given up: such an
 // event would be replaced by the less that the API tells.
 //
@@ -54,9 +56,20 @@ func main() {
 	}
 	if err != nil {
 		log.Error("exit", "error", err)
-		os.Exit(1)
+		os.Exit(status(err))
 	}
 }
+
+// status tells a supervisor by 3 that to start this again would take the journal from the process that has it now.
+func status(err error) int {
+	if errors.Is(err, offloadhook.ErrClosed) {
+		return 3
+	}
+	return 1
+}
+
+// retention is how long the journal remembers what was handled.
+const retention = 30 * 24 * time.Hour
 
 const usage = "usage: OFFLOAD_API_URL=… OFFLOAD_API_KEY=… [OFFLOAD_TOKEN=…] reconcile -dir DIR " +
 	"[-addr ADDR] [-every PAUSE] [-min-age AGE] [-rate N] [file of case ids, one a line]"
@@ -92,6 +105,8 @@ func run(
 		return errors.New("-addr needs -every: after one round nobody would listen")
 	case len(tokens) > 1 && slices.Contains(tokens, ""):
 		return errors.New("OFFLOAD_TOKEN holds an empty token")
+	case slices.ContainsFunc(append(tokens, key), func(s string) bool { return strings.TrimSpace(s) != s }):
+		return errors.New("OFFLOAD_API_KEY or OFFLOAD_TOKEN begins or ends with white space") // a newline from a file
 	}
 
 	ids, err := readIDs(stdin, flags.Arg(0))
@@ -109,14 +124,19 @@ func run(
 		}
 		defer listener.Close()
 	}
-	journal, err := offloadhook.OpenJournal(*dir, 0)
+	journal, err := offloadhook.OpenJournal(*dir, retention)
 	if err != nil {
 		return err
 	}
 	work := worker{out: stdout}
 	life, lost := context.WithCancelCause(ctx)
 	defer lost(nil)
-	r := &reconciler{api: newAPI(base, key, *rate, http.DefaultTransport), minAge: *minAge, log: log}
+	r := &reconciler{
+		api:    newAPI(base, key, *rate, http.DefaultTransport),
+		minAge: *minAge,
+		maxAge: retention - 24*time.Hour, // a day for clocks that differ
+		log:    log,
+	}
 	observe := func(_ context.Context, o offloadhook.Observation) {
 		r.observe(o)
 		if o.Err == nil {
@@ -200,9 +220,9 @@ func readIDs(stdin io.Reader, file string) (ids []string, err error) {
 // round goes once through the ids.
 func (r *reconciler) round(ctx context.Context, ids []string) error {
 	t, err := r.run(ctx, ids)
-	asked := t.repaired + t.known + t.young + t.none + t.failed
+	asked := t.repaired + t.known + t.young + t.old + t.none + t.failed
 	r.log.Info("reconciled", "cases", len(ids), "asked", asked, "repaired", t.repaired, "known", t.known,
-		"too_young", t.young, "no_event", t.none, "failed", t.failed)
+		"too_young", t.young, "too_old", t.old, "no_event", t.none, "failed", t.failed)
 	if err == nil && t.failed > 0 {
 		err = fmt.Errorf("%d cases could not be asked for or delivered", t.failed)
 	}

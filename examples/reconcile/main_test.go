@@ -129,11 +129,12 @@ func newService() *service {
 	return s
 }
 
-func newReconciler(o *offload, key string, s *service) *reconciler {
+func newReconciler(o *offload, key string, deliver func(context.Context, []byte) (bool, error)) *reconciler {
 	return &reconciler{
 		api:     newAPI("https://api.invalid/v1/", key, 5, o),
-		deliver: s.Deliver,
+		deliver: deliver,
 		minAge:  5 * time.Minute,
+		maxAge:  retention,
 		log:     slog.New(slog.DiscardHandler),
 	}
 }
@@ -143,7 +144,7 @@ func newReconciler(o *offload, key string, s *service) *reconciler {
 func TestDroppedWebhooks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o, s := newOffload(), newService()
-		r := newReconciler(o, "key", s)
+		r := newReconciler(o, "key", s.Deliver)
 		start := time.Now()
 		var ids []string
 		want := tally{}
@@ -200,7 +201,7 @@ func TestDroppedWebhooks(t *testing.T) {
 func TestYoung(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o, s := newOffload(), newService()
-		r := newReconciler(o, "key", s)
+		r := newReconciler(o, "key", s.Deliver)
 		o.add("case_1", "FAILED", time.Now())
 		time.Sleep(4 * time.Minute)
 		if got, err := r.run(t.Context(), []string{"case_1"}); got != (tally{young: 1}) || err != nil {
@@ -230,7 +231,7 @@ func TestGivenUp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r := &reconciler{api: newAPI("https://api.invalid/v1/", "key", 5, o), log: slog.New(slog.DiscardHandler)}
+		r := newReconciler(o, "key", nil)
 		var handled []string
 		receiver := offloadhook.Handler(offloadhook.Callbacks{
 			Other: func(_ context.Context, env *offloadhook.Envelope) error {
@@ -258,6 +259,47 @@ func TestGivenUp(t *testing.T) {
 		}
 		r.failing.Range(func(id, _ any) bool { t.Errorf("%s counts as failing", id); return true })
 	})
+}
+
+// TestForgotten: the journal forgets what was handled long ago. A case that stays in the list is not handled again then.
+func TestForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOffload()
+		o.add("case_1", "COMPLETED", time.Now().Add(-time.Hour))
+		const remembered = 24 * time.Hour
+		journal, err := offloadhook.OpenJournal(t.TempDir(), remembered)
+		if err != nil {
+			t.Fatal(err)
+		}
+		handled := 0
+		receiver := offloadhook.Handler(offloadhook.Callbacks{
+			Other: func(context.Context, *offloadhook.Envelope) error { handled++; return nil },
+		}, offloadhook.WithInbox(journal))
+		r := newReconciler(o, "key", nil)
+		r.deliver, r.maxAge = receiver.Deliver, remembered-time.Hour
+		var sum tally
+		for range 40 {
+			got, err := r.run(t.Context(), []string{"case_1"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			sum = tally{repaired: sum.repaired + got.repaired, known: sum.known + got.known, old: sum.old + got.old}
+			time.Sleep(time.Hour)
+		}
+		if err := errors.Join(receiver.Shutdown(t.Context()), journal.Close()); err != nil {
+			t.Error(err)
+		}
+		if want := (tally{repaired: 1, known: 22, old: 17}); sum != want || handled != 1 {
+			t.Errorf("%+v, handled %d times, want %+v, once", sum, handled, want)
+		}
+	})
+}
+
+// TestStatus: a supervisor can tell that another process has the journal now.
+func TestStatus(t *testing.T) {
+	if a, b := status(fmt.Errorf("life: %w", offloadhook.ErrClosed)), status(errors.New("no space")); a != 3 || b != 1 {
+		t.Errorf("%d and %d, want 3 and 1", a, b)
+	}
 }
 
 func TestFaults(t *testing.T) {
@@ -303,7 +345,7 @@ func TestFaults(t *testing.T) {
 				o, s := newOffload(), newService()
 				o.faults = test.faults
 				o.add("case_1", "COMPLETED", time.Now().Add(-time.Hour))
-				got, err := newReconciler(o, "key", s).run(t.Context(), []string{"case_1"})
+				got, err := newReconciler(o, "key", s.Deliver).run(t.Context(), []string{"case_1"})
 				if got != test.want || err != nil {
 					t.Errorf("%+v, %v, want %+v", got, err, test.want)
 				}
@@ -319,10 +361,42 @@ func TestFaults(t *testing.T) {
 			})
 		})
 	}
+	t.Run("away", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			o, s := newOffload(), newService()
+			r := newReconciler(o, "key", s.Deliver)
+			ids := []string{"case_1", "case_2", "case_3", "case_4", "case_5"}
+			for _, id := range ids {
+				o.add(id, "COMPLETED", time.Now().Add(-time.Hour))
+			}
+			// The first case uses up its attempts, the second and third have one each, the fourth shows that the API is
+			// back, and the fifth is tried again.
+			o.faults = slices.Repeat(faults{status(500)}, attempts+1)
+			o.faults = append(o.faults, status(429, "Retry-After", "50"), status(404), status(500))
+			got, err := r.run(t.Context(), ids)
+			if want := (tally{failed: 4, repaired: 1}); got != want || err != nil {
+				t.Errorf("%+v, %v, want %+v", got, err, want)
+			}
+			if len(o.asked) != attempts+5 {
+				t.Fatalf("%d requests, want %d", len(o.asked), attempts+5)
+			}
+			for i := range attempts + 4 {
+				if rest := o.asked[i+1].Sub(o.asked[i]); rest < r.api.pause {
+					t.Errorf("a request came %s after the one before", rest)
+				}
+			}
+			if rest := o.asked[attempts+2].Sub(o.asked[attempts+1]); rest != 50*time.Second {
+				t.Errorf("the next case was asked for after %s, want the 50s that the API told", rest)
+			}
+			if err := s.Shutdown(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		})
+	})
 	t.Run("a wrong key", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			o, s := newOffload(), newService()
-			got, err := newReconciler(o, "guessed", s).run(t.Context(), []string{"case_1", "case_2"})
+			got, err := newReconciler(o, "guessed", s.Deliver).run(t.Context(), []string{"case_1", "case_2"})
 			if got != (tally{}) || !errors.Is(err, errKey) || len(o.asked) != 1 {
 				t.Errorf("%+v, %v after %d requests, want errKey after one", got, err, len(o.asked))
 			}
@@ -333,7 +407,7 @@ func TestFaults(t *testing.T) {
 			o, s := newOffload(), newService()
 			ctx, cancel := context.WithTimeout(t.Context(), 900*time.Millisecond)
 			defer cancel()
-			got, err := newReconciler(o, "key", s).run(ctx, slices.Repeat([]string{"case_404"}, 100))
+			got, err := newReconciler(o, "key", s.Deliver).run(ctx, slices.Repeat([]string{"case_404"}, 100))
 			if got.failed != 5 || !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("%+v, %v, want what the time allows", got, err)
 			}
@@ -346,7 +420,7 @@ func TestFaults(t *testing.T) {
 			if err := s.Shutdown(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			got, err := newReconciler(o, "key", s).run(t.Context(), []string{"case_1", "case_1"})
+			got, err := newReconciler(o, "key", s.Deliver).run(t.Context(), []string{"case_1", "case_1"})
 			if got != (tally{}) || !errors.Is(err, offloadhook.ErrClosed) {
 				t.Errorf("%+v, %v, want ErrClosed", got, err)
 			}
@@ -456,7 +530,7 @@ func TestRun(t *testing.T) {
 	}
 
 	events, log, err := round("# the important ones\ncase_0\n\n case_1 \ncase_2\ncase_3\n")
-	if err != nil || len(events) != 3 || !strings.Contains(log, "repaired=3 known=0 too_young=0 no_event=1 failed=0") {
+	if err != nil || len(events) != 3 || !strings.Contains(log, "repaired=3 known=0 too_young=0 too_old=0 no_event=1 failed=0") {
 		t.Fatalf("the first round: %v, events %v\n%s", err, events, log)
 	}
 	file := filepath.Join(t.TempDir(), "cases.txt")
@@ -464,7 +538,7 @@ func TestRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	events, log, err = round("", file)
-	if err == nil || len(events) != 0 || !strings.Contains(log, "repaired=0 known=2 too_young=0 no_event=0 failed=1") {
+	if err == nil || len(events) != 0 || !strings.Contains(log, "repaired=0 known=2 too_young=0 too_old=0 no_event=0 failed=1") {
 		t.Fatalf("the second round, with a case that is missing: %v, events %v\n%s", err, events, log)
 	}
 	for _, args := range [][]string{
@@ -479,13 +553,17 @@ func TestRun(t *testing.T) {
 		t.Error("with an empty token: no error")
 	}
 	delete(env, "OFFLOAD_TOKEN")
-	for name, value := range map[string]string{"OFFLOAD_API_KEY": "", "OFFLOAD_API_URL": "api.example.com"} {
-		before := env[name]
-		env[name] = value
-		if _, _, err := round("case_0\n"); err == nil || !strings.Contains(err.Error(), name) {
-			t.Errorf("with %q as %s: %v", value, name, err)
+	for _, bad := range []struct{ name, value string }{
+		{"OFFLOAD_API_KEY", ""}, {"OFFLOAD_API_KEY", "hunter2\n"}, {"OFFLOAD_API_URL", "api.example.com"},
+		{"OFFLOAD_TOKEN", "hunter2\n"}, {"OFFLOAD_TOKEN", "new, hunter2"},
+	} {
+		before := env[bad.name]
+		env[bad.name] = bad.value
+		_, _, err := round("case_0\n")
+		if err == nil || !strings.Contains(err.Error(), bad.name) || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("with %q as %s: %v", bad.value, bad.name, err)
 		}
-		env[name] = before
+		env[bad.name] = before
 	}
 }
 

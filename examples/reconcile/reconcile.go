@@ -24,6 +24,7 @@ type reconciler struct {
 	api     *api
 	deliver func(ctx context.Context, body []byte) (fresh bool, err error) // Receiver.Deliver
 	minAge  time.Duration
+	maxAge  time.Duration // less than the store remembers ids: what it has forgotten would be new to it
 	log     *slog.Logger
 	failing sync.Map // the event ids that observe was told of
 }
@@ -33,13 +34,15 @@ type tally struct {
 	repaired int // their event had not arrived
 	known    int // their event had arrived, or a callback is failing on it
 	young    int // updated less than minAge ago
+	old      int // updated more than maxAge ago
 	none     int // neither ended nor waiting for input
 	failed   int
 }
 
-// observe has to be called from the receiver's observer. So run knows on which events a callback fails, and leaves them
-// alone: the store has them as they came. To deliver one that was given up would put what the API tells in its place,
-// which is less.
+// observe has to be called from the observer of a receiver that has an Inbox. So run knows on which events a callback
+// fails, and leaves them alone: the Inbox has them as they came. To deliver one that was given up would put what the API
+// tells in its place, which is less. It does not know what another replica has given up. Without an Inbox do not call it:
+// nobody keeps such an event then, and run is to deliver it again.
 func (r *reconciler) observe(o offloadhook.Observation) {
 	switch o.Outcome {
 	case offloadhook.Retrying, offloadhook.GaveUp, offloadhook.Unfinished:
@@ -71,6 +74,9 @@ func (r *reconciler) run(ctx context.Context, ids []string) (t tally, err error)
 			continue
 		case time.Since(c.UpdatedAt.Time()) < r.minAge:
 			t.young++
+			continue
+		case time.Since(c.UpdatedAt.Time()) > r.maxAge:
+			t.old++
 			continue
 		default:
 			fresh, err = r.deliver(ctx, body)
@@ -160,6 +166,7 @@ type api struct {
 	client *http.Client
 	pause  time.Duration // between two requests
 	next   time.Time     // of the next request at the earliest
+	away   bool          // since all attempts for a case failed; until one succeeds each case gets one
 }
 
 func newAPI(base, key string, rate float64, transport http.RoundTripper) *api {
@@ -185,7 +192,8 @@ const (
 	maxAnswer = 16 << 20
 )
 
-// get returns a case. It tries again what may pass: 429, 5xx, and no answer.
+// get returns a case. It tries again what may pass: 429, 5xx, and no answer; but while the API is away the next round
+// does that.
 func (a *api) get(ctx context.Context, id string) (*state, error) {
 	for attempt := 1; ; attempt++ {
 		if err := sleep(ctx, time.Until(a.next)); err != nil {
@@ -193,14 +201,17 @@ func (a *api) get(ctx context.Context, id string) (*state, error) {
 		}
 		a.next = time.Now().Add(a.pause)
 		c, rest, err := a.ask(ctx, id)
-		if err == nil || rest < 0 || attempt == attempts {
+		if err == nil || rest < 0 {
+			a.away = false
 			return c, err
 		}
-		if rest == 0 {
+		a.away = a.away || attempt == attempts
+		if rest == 0 && !a.away {
 			rest = min(firstRest<<(attempt-1), longRest)
 			rest += rand.N(rest / 4) // so that many pollers do not come back at once
 		}
-		if err := sleep(ctx, rest); err != nil {
+		a.next = time.Now().Add(max(rest, a.pause))
+		if a.away {
 			return nil, err
 		}
 	}

@@ -71,7 +71,8 @@ func parse(args []string, getenv func(string) string) (config, error) {
 	flags.StringVar(&cfg.dir, "dir", "", "directory of the journal, on a disk that outlives the process")
 	token := flags.String("token", "", "secret that the webhook URL carries; several, parted by commas, for rotation")
 	flags.StringVar(&cfg.forward, "forward", "", "URL to POST each event to; without one they are only logged")
-	flags.DurationVar(&cfg.drain, "drain", 20*time.Second, "how long callbacks may go on after SIGTERM")
+	flags.DurationVar(&cfg.drain, "drain", 20*time.Second,
+		"how long callbacks may go on after the last request; SIGTERM gives requests 10s")
 	if err := flags.Parse(args); err != nil {
 		return config{}, err
 	}
@@ -93,10 +94,14 @@ func parse(args []string, getenv func(string) string) (config, error) {
 		return config{}, fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	case cfg.dir == "":
 		return config{}, errors.New("-dir is missing")
+	case cfg.addr == "": // any free port, so that a second start by mistake would take the journal over
+		return config{}, errors.New("-addr is empty")
 	}
 	if *token != "" {
-		if cfg.tokens = strings.Split(*token, ","); slices.Contains(cfg.tokens, "") {
-			return config{}, errors.New("-token holds an empty token") // now, not when the journal is taken over
+		// Now, not when the journal is taken over. A newline comes with a secret that is read from a file.
+		cfg.tokens = strings.Split(*token, ",")
+		if slices.ContainsFunc(cfg.tokens, func(t string) bool { return t == "" || strings.TrimSpace(t) != t }) {
+			return config{}, errors.New("-token holds an empty token, or white space beside one")
 		}
 	}
 	u, err := url.Parse(cfg.forward)
@@ -262,7 +267,9 @@ func (a *app) observe(ctx context.Context, o offloadhook.Observation) {
 	}
 	attrs := []slog.Attr{slog.String("outcome", string(o.Outcome)), slog.Duration("elapsed", o.Elapsed)}
 	if o.Envelope != nil {
-		attrs = append(attrs, slog.String("event_id", o.Envelope.EventID), slog.String("type", string(o.Envelope.EventType)))
+		// Only the id has a limit to its length.
+		t := fmt.Sprintf("%.64s", o.Envelope.EventType)
+		attrs = append(attrs, slog.String("event_id", o.Envelope.EventID), slog.String("type", t))
 	}
 	if o.Attempt > 0 {
 		attrs = append(attrs, slog.Int("attempt", o.Attempt))

@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -120,11 +121,16 @@ func (p *process) handled(t *testing.T) map[string]int {
 	return count
 }
 
+// environ is the environment without settings for the server.
+func environ() []string {
+	return slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "OFFLOAD_") })
+}
+
 func start(t *testing.T, args ...string) *process {
 	t.Helper()
 	p := &process{exit: make(chan error, 1)}
 	p.cmd = exec.Command(server, append([]string{"-addr", "127.0.0.1:0"}, args...)...)
-	p.cmd.Env = append(os.Environ(), "OFFLOAD_TOKEN=old,new")
+	p.cmd.Env = append(environ(), "OFFLOAD_TOKEN=old,new")
 	p.cmd.Stderr = p
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -407,6 +413,7 @@ func TestSecondStart(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	second := exec.CommandContext(ctx, server, "-addr", strings.TrimPrefix(first.url, "http://"), "-dir", journal)
+	second.Env = environ()
 	if out, err := second.CombinedOutput(); second.ProcessState.ExitCode() != 1 {
 		t.Errorf("the second server: %v, want exit status 1\n%s", err, out)
 	}
@@ -457,7 +464,8 @@ func TestParse(t *testing.T) {
 func TestSecrets(t *testing.T) {
 	var log bytes.Buffer
 	a := &app{log: slog.New(slog.NewJSONHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))}
-	env := &offloadhook.Envelope{EventID: "evt_1", Raw: []byte("private"), Data: []byte(`"private"`)}
+	long := offloadhook.EventType(strings.Repeat("t", 64) + "private")
+	env := &offloadhook.Envelope{EventID: "evt_1", EventType: long, Raw: []byte("private"), Data: []byte(`"private"`)}
 	for _, o := range []offloadhook.Observation{
 		{Outcome: offloadhook.Refused, Body: env.Raw, Err: errors.New("reason")},
 		{Outcome: offloadhook.Handled, Envelope: env, Body: env.Raw, Attempt: 1},
@@ -554,13 +562,16 @@ func TestBadSettings(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer serving.Close()
+	ctx, stop := context.WithCancel(t.Context())
+	stop() // a server that starts all the same ends at once
 	for _, bad := range []string{
-		"-token=hunter2,", "-forward=http://127.0.0.1:90o0/?token=hunter2", "-forward=127.0.0.1:9000/?token=hunter2",
+		"-addr=", "-token=hunter2,", "-token=new, hunter2", "-token=hunter2\n",
+		"-forward=http://127.0.0.1:90o0/?token=hunter2", "-forward=127.0.0.1:9000/?token=hunter2",
 		"-forward=http://127.0.0.1:1/%zz?token=hunter2", "-forward=localhost:9000/hunter2",
 		"-forward=ftp://127.0.0.1/hunter2",
 	} {
 		args := []string{"-dir", dir, "-addr", "127.0.0.1:0", bad}
-		err := run(t.Context(), args, func(string) string { return "" }, slog.New(slog.DiscardHandler))
+		err := run(ctx, args, func(string) string { return "" }, slog.New(slog.DiscardHandler))
 		if err == nil || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%s: %v", bad, err)
 		}
