@@ -3364,7 +3364,7 @@ func TestIDSet(t *testing.T) {
 			delete(in, order[0].id)
 			order = order[1:]
 		}
-		for range 20_000 {
+		for range 30_000 {
 			now = now.Add(time.Duration(rng.IntN(3000)) * time.Millisecond)
 			switch d := pick(); {
 			case rng.IntN(200) == 0:
@@ -5712,6 +5712,46 @@ func journalSize(dir string) (size int64) {
 	return size
 }
 
+// What the journal writes can be read by its documentation: payloads as they came, where a line can hold them.
+func TestJournalFormat(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		medium := newDisk()
+		j := openOn(t, medium.process(), 0)
+		var want strings.Builder
+		line := func(text string) {
+			fmt.Fprintf(&want, "%08x %s\n", crc32.Checksum([]byte(text), crc32.MakeTable(crc32.Castagnoli)), text)
+		}
+		expect := func(file string) {
+			t.Helper()
+			_, content := medium.newest(file)
+			expectEqual(t, "written", string(content), want.String())
+			want.Reset()
+		}
+		b := &Envelope{EventID: "b", Raw: []byte("{\n\"event_id\":\"b\"}")}
+		for _, env := range []*Envelope{{EventID: "a\"é<", Raw: []byte(`{ "event_id":"a\"\u00e9<","data":[1.0,"<"]}`)}, b} {
+			if fresh, err := j.Claim(t.Context(), env); !fresh || err != nil {
+				t.Fatalf("claiming %q: %v, %v", env.EventID, fresh, err)
+			}
+		}
+		time.Sleep(time.Second)
+		if err := j.Done(t.Context(), b, nil); err != nil {
+			t.Fatal(err)
+		}
+		a := `{"id":"a\"é\u003c","at":946684800000,"event":{ "event_id":"a\"\u00e9<","data":[1.0,"<"]}}`
+		line(a)
+		line(`{"id":"b","at":946684800000,"base64":"ewoiZXZlbnRfaWQiOiJiIn0="}`)
+		line(`{"done":"b","at":946684801000}`)
+		expect(filepath.Base(j.path(j.last().gen)))
+		if err := journalCompact(j); err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256([]byte("b"))
+		line(fmt.Sprintf(`{"sha256":"%x","at":946684801000}`, sum[:16]))
+		line(a)
+		expect(filepath.Base(j.path(j.files[0].gen)))
+	})
+}
+
 // With 64 clients, a claim costs less than a tenth of an fsync.
 func TestGroupCommit(t *testing.T) {
 	const clients, each = 64, 50
@@ -5738,6 +5778,7 @@ func TestGroupCommit(t *testing.T) {
 	if perClaim >= 0.1 {
 		t.Errorf("a claim costs %.3f fsyncs, want less than 0.1", perClaim)
 	}
+	expectEqual(t, "bytes alive", j.live, j.size()) // no byte counts for two claims
 	if err := j.Close(); err != nil {
 		t.Error(err)
 	}
@@ -7224,6 +7265,32 @@ func TestRow17CopyOfTheLoser(t *testing.T) {
 	})
 }
 
+// What the disk says to an fsync of a directory is heard. A device cannot be synced.
+func TestRow07DirectoryFsync(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("wants a file that opens, and that no fsync succeeds on")
+	}
+	if err := (osDisk{}).syncDir("/dev/null"); err == nil {
+		t.Error("no error")
+	}
+}
+
+// What is to be the copy of a later owner is left alone by the earlier one, which may not know yet that it has lost.
+func TestRow17CopyOfALaterOwner(t *testing.T) {
+	d := newDisk().process()
+	j := openOn(t, d, 0)
+	path := j.path(j.last().gen+3) + ".tmp"
+	if _, err := d.open(path, os.O_CREATE|os.O_EXCL); err != nil {
+		t.Fatal(err)
+	}
+	if err := journalCompact(j); err != nil {
+		t.Fatal(err)
+	}
+	if d.names[path] == nil {
+		t.Error("it is gone")
+	}
+}
+
 // What compactions that were killed have left goes with the next.
 func TestRow09StrayCopies(t *testing.T) {
 	medium := newDisk()
@@ -7885,18 +7952,35 @@ func TestUnlistableDirectory(t *testing.T) {
 	}
 }
 
-// A compaction begins while claims wait for the fsync after the one that runs. Later claims are in another file.
+// A compaction begins while claims wait for the fsync after the one that runs. Later claims are in another file. If the
+// fsync that runs fails, no later one of that file is trusted.
 func TestRow09CompactionBesideAnFsync(t *testing.T) {
+	t.Run("that succeeds", func(t *testing.T) { testCompactionBesideAnFsync(t, false) })
+	t.Run("that fails", func(t *testing.T) { testCompactionBesideAnFsync(t, true) })
+}
+
+func testCompactionBesideAnFsync(t *testing.T, fails bool) {
 	medium := newDisk()
 	d := medium.process()
 	j := openOn(t, d, 0)
 	entered, release := make(chan bool), make(chan bool)
 	var first sync.Once
-	d.onSync(func() { first.Do(func() { close(entered); <-release }) })
+	d.onSync(func() {
+		first.Do(func() {
+			close(entered)
+			<-release
+			if fails {
+				d.mu.Lock()
+				defer d.mu.Unlock()
+				d.fault = diskFault{from: d.ops + 1, span: 1}
+			}
+		})
+	})
 	var claims sync.WaitGroup
 	claim := func(id string) {
+		accepted := !fails || id == "evt_2"
 		claims.Go(func() {
-			if fresh, err := j.Claim(t.Context(), journalEvent(id, 0, 0)); !fresh || err != nil {
+			if fresh, err := j.Claim(t.Context(), journalEvent(id, 0, 0)); fresh != accepted || (err == nil) != accepted {
 				t.Errorf("claiming %s: %v, %v", id, fresh, err)
 			}
 		})
@@ -7929,6 +8013,10 @@ func TestRow09CompactionBesideAnFsync(t *testing.T) {
 	d.die()
 	medium.losePower(rand.New(rand.NewPCG(1, 1)), 0)
 	ids := journalPending(t, openOn(t, medium.process(), 0))
+	if fails {
+		expectList(t, "acknowledged", ids, "evt_2")
+		return
+	}
 	slices.Sort(ids)
 	expectList(t, "acknowledged", ids, "evt_0", "evt_1", "evt_2")
 }
@@ -9002,6 +9090,49 @@ func TestBlockKeepsTheLastTime(t *testing.T) {
 }
 
 // A compaction that succeeds ends the waiting after one that failed.
+// Compactions take no more than a small multiple of what they leave behind: neither many finished ids nor a compaction
+// that fails bring on one after another.
+func TestCompactionsAreFew(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		fails bool
+		most  int
+	}{
+		{"that succeed", false, 10}, // each leaves more than 1 MiB of garbage behind, of about 5 MB in all
+		{"that fail", true, 10},     // each time twice as much
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			d := newDisk().process()
+			j := openOn(t, d, 0)
+			var tries atomic.Int32
+			d.hook = func(op, path string) error {
+				if op == "create" && strings.HasSuffix(path, ".tmp") {
+					if tries.Add(1); test.fails {
+						return diskFails(op, path)
+					}
+				}
+				return nil
+			}
+			for i := range 30_000 {
+				env := journalClaimed(t, j, fmt.Sprintf("evt_%d", i))
+				if err := j.Done(t.Context(), env, nil); err != nil {
+					t.Fatal(err)
+				}
+				if int(tries.Load()) > test.most {
+					break
+				}
+			}
+			n := int(tries.Load())
+			t.Logf("%d compactions", n)
+			if n < 2 || n > test.most {
+				t.Errorf("%d compactions, want 2 to %d", n, test.most)
+			}
+			j.renewal.Lock() // until the last has ended
+			defer j.renewal.Unlock()
+		})
+	}
+}
+
 func TestSlackEnds(t *testing.T) {
 	d := newDisk().process()
 	j := openOn(t, d, 0)
