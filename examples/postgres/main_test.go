@@ -104,7 +104,7 @@ func TestWrongStart(t *testing.T) {
 	}
 	defer taken.Close()
 	t.Setenv("OFFLOAD_DATABASE", "postgres://test@127.0.0.1:1/postgres?sslmode=disable")
-	for token, want := range map[string]string{"token": "in use", "one,,two": "empty token"} {
+	for token, want := range map[string]string{"token": "in use", "one,,two": "empty token", "one\n": "white space"} {
 		t.Setenv("OFFLOAD_TOKEN", token)
 		err := run(t.Context(), slog.New(slog.DiscardHandler), taken.Addr().String(), 0, 0)
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -53,8 +53,8 @@ func run(ctx context.Context, log *slog.Logger, addr string, drain, retention ti
 	var opts []offloadhook.Option
 	if token := os.Getenv("OFFLOAD_TOKEN"); token != "" {
 		tokens := strings.Split(token, ",")
-		if slices.Contains(tokens, "") {
-			return errors.New("OFFLOAD_TOKEN holds an empty token")
+		if slices.ContainsFunc(tokens, func(t string) bool { return t == "" || strings.TrimSpace(t) != t }) {
+			return errors.New("OFFLOAD_TOKEN holds an empty token, or white space beside one")
 		}
 		opts = append(opts, offloadhook.WithToken(tokens...))
 	} else {
