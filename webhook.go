@@ -62,7 +62,7 @@ func Handler(cb Callbacks, opts ...Option) *Receiver {
 	r.alive, r.cancel = context.WithCancelCause(context.Background())
 	r.drained, r.drain = context.WithCancel(context.Background())
 	if r.inbox != nil {
-		r.behind = true
+		r.store, r.behind = r.inbox, true
 		r.sweep = time.AfterFunc(sweepEvery, r.readInbox) // not at once, since a reading uses r.sweep
 		r.sweep.Reset(0)
 	}
@@ -175,17 +175,18 @@ func optionIf(valid bool, want string, apply func(*Receiver)) Option {
 	return Option{apply}
 }
 
-// WithDeduper sets what remembers the ids; the default is a new Memory. It panics on an Inbox: use WithInbox.
+// WithDeduper sets what remembers the ids; the default is a new Memory. Next to WithInbox it changes nothing. It panics
+// on an Inbox.
 func WithDeduper(d Deduper) Option {
 	_, isInbox := d.(Inbox)
-	return optionIf(d != nil && !isInbox, "WithDeduper wants a Deduper that is no Inbox",
-		func(r *Receiver) { r.store, r.inbox = d, nil })
+	valid := d != nil && !isInbox
+	return optionIf(valid, "WithDeduper wants a Deduper that is no Inbox", func(r *Receiver) { r.store = d })
 }
 
 // WithInbox sets what keeps the events durably, in place of a Deduper. It is an option of its own so that a wrapper
 // around an Inbox cannot become a plain Deduper unnoticed.
 func WithInbox(in Inbox) Option {
-	return optionIf(in != nil, "WithInbox wants an Inbox", func(r *Receiver) { r.store, r.inbox = in, in })
+	return optionIf(in != nil, "WithInbox wants an Inbox", func(r *Receiver) { r.inbox = in })
 }
 
 // WithToken refuses requests that carry none of the tokens, as ?token=… in the URL, percent-encoded, or as
@@ -376,7 +377,7 @@ func (r *Receiver) authorized(req *http.Request) bool {
 		bearer = ""
 	}
 	found := 0
-	for _, candidate := range append(req.URL.Query()["token"], bearer) {
+	for _, candidate := range append(req.URL.Query()["token"], strings.TrimLeft(bearer, " ")) {
 		sum := sha256.Sum256([]byte(candidate))
 		for _, token := range r.tokens {
 			found |= subtle.ConstantTimeCompare(token[:], sum[:])
@@ -915,16 +916,22 @@ func (r *Receiver) abandon(reason error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
-	for _, t := range waiting {
-		if !t.ended {
-			t.result = ErrClosed
+	for some := range slices.Chunk(waiting, r.concurrency) {
+		var ending sync.WaitGroup
+		for _, t := range some {
+			ending.Go(func() {
+				if !t.ended {
+					t.result = ErrClosed
+				}
+				if ctx.Err() == nil {
+					_ = r.done(&callbackContext{ctx, t.ctx}, t, t.result)
+				}
+				if !t.ended {
+					tell(t)
+				}
+			})
 		}
-		if ctx.Err() == nil {
-			_ = r.done(&callbackContext{ctx, t.ctx}, t, t.result)
-		}
-		if !t.ended {
-			tell(t)
-		}
+		ending.Wait()
 	}
 	r.mu.Lock()
 	r.running--

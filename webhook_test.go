@@ -328,6 +328,8 @@ func TestAnswers(t *testing.T) {
 			status: 401, answer: headers{"WWW-Authenticate": "Bearer"}, unread: true},
 		{name: "token in the header", opts: token, request: headers{"Authorization": "Bearer first token"}, body: good,
 			status: 202, field: "CaseCompleted"},
+		{name: "token after two blanks", opts: token, request: headers{"Authorization": "bearer  first token"}, body: good,
+			status: 202, field: "CaseCompleted"},
 		{name: "second token", opts: token, request: headers{"Authorization": "bearer second"}, body: good,
 			status: 202, field: "CaseCompleted"},
 		{name: "token missing", opts: token, body: good,
@@ -8787,6 +8789,32 @@ func TestShutdownRecords(t *testing.T) {
 			expectEqual(t, "told as unfinished", r.count(Unfinished), 0)
 		})
 	}
+	inBubble(t, "slowly", func(t *testing.T) {
+		const events, callbacks = 1000, 32
+		wait := func(ctx context.Context, _ *Envelope) error { <-ctx.Done(); return ctx.Err() }
+		r := newRig(t, wait, WithConcurrency(callbacks))
+		var atOnce, crowds atomic.Int32
+		r.store.onDone = func(ctx context.Context, _ *Envelope, _ error) error {
+			if atOnce.Add(1) > 2*callbacks { // those of the callbacks that end, and as many for those that wait
+				crowds.Add(1)
+			}
+			defer atOnce.Add(-1)
+			time.Sleep(100 * time.Millisecond)
+			return ctx.Err()
+		}
+		for i := range events {
+			r.deliver(t, fmt.Sprint("evt_", i), "")
+		}
+		start := time.Now()
+		_ = r.Shutdown(ended())
+		if took := time.Since(start); took > 4*time.Second {
+			t.Errorf("Shutdown took %s", took)
+		}
+		time.Sleep(time.Minute)
+		expectEqual(t, "open again", strings.Count(strings.Join(r.store.noted(), " "), "done"), events)
+		expectEqual(t, "told as unfinished", r.count(Unfinished), events)
+		expectEqual(t, "too many calls at once", crowds.Load(), 0)
+	})
 	inBubble(t, "being recorded", func(t *testing.T) {
 		r := newRig(t, nil)
 		r.store.onDone = func(context.Context, *Envelope, error) error { time.Sleep(time.Second); return nil }
@@ -8817,7 +8845,7 @@ func TestTwoShutdowns(t *testing.T) {
 	for _, slow := range []time.Duration{time.Second, time.Minute} {
 		inBubble(t, slow.String(), func(t *testing.T) {
 			type key struct{}
-			r := newRig(t, func(context.Context, *Envelope) error { return errTest }, WithRetry(2, time.Hour))
+			r := newRig(t, func(context.Context, *Envelope) error { return errTest }, WithRetry(2, time.Hour), WithConcurrency(1))
 			r.store.onDone = func(ctx context.Context, env *Envelope, _ error) error {
 				time.Sleep(slow)
 				expectEqual(t, "value", ctx.Value(key{}), any(env.EventID))
@@ -8977,17 +9005,30 @@ func TestInboxForgets(t *testing.T) {
 	})
 }
 
-// Of two stores the last counts, of whichever kind.
-func TestLastStoreCounts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		in := new(fakeInbox)
-		store := new(spyStore)
-		r := newRig(t, nil, WithInbox(in), WithDeduper(store))
-		r.deliver(t, "evt_1", "case_1")
-		synctest.Wait()
-		expectList(t, "store", store.noted(), "claim evt_1", "done evt_1 <nil>")
-		expectEqual(t, "readings of the Inbox", len(in.readings()), 0)
-	})
+// Of two stores the last counts, but an Inbox before any plain Deduper (promise 1).
+func TestTwoStores(t *testing.T) {
+	inbox, other := new(fakeInbox), new(fakeInbox)
+	first, last := new(spyStore), new(spyStore)
+	for _, test := range []struct {
+		name string
+		opts []Option
+		want Deduper
+	}{
+		{"two Dedupers", []Option{WithDeduper(first), WithDeduper(last)}, last},
+		{"two Inboxes", []Option{WithInbox(other), WithInbox(inbox)}, inbox},
+		{"an Inbox last", []Option{WithDeduper(first), WithInbox(inbox)}, inbox},
+		{"an Inbox first", []Option{WithInbox(inbox), WithDeduper(last)}, inbox},
+	} {
+		inBubble(t, test.name, func(t *testing.T) {
+			r := Handler(Callbacks{}, test.opts...)
+			if _, isInbox := test.want.(Inbox); r.store != test.want || (r.inbox != nil) != isInbox {
+				t.Errorf("got %T and the Inbox %v, want %T", r.store, r.inbox, test.want)
+			}
+			if err := r.Shutdown(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // What arrives during a long reading takes room, too: what finds none stays in the inbox, and is handled later.
