@@ -548,9 +548,9 @@ func (j *Journal) settle(g *group, err error) {
 	close(g.synced)
 }
 
-// owns returns an error unless the last file is the newest. Files are made exclusively, under a number that is higher
-// than any, and go when newer ones have all that is alive. So whoever takes over after this look reads what was synced
-// before it. mu is held.
+// owns returns an error unless the last file is the newest, and has its name still. Files are made exclusively, under a
+// number that is higher than any, and go when newer ones have all that is alive. So whoever takes over after this look
+// reads what was synced before it. mu is held.
 func (j *Journal) owns() error {
 	if j.closed != nil {
 		return j.closed
@@ -559,10 +559,14 @@ func (j *Journal) owns() error {
 	if err != nil {
 		return err
 	}
-	if slices.Max(append(gens, 0)) != j.last().gen {
+	ours := slices.Max(append(gens, 0)) == j.last().gen
+	if ours {
+		ours, err = j.disk.holds(j.path(j.last().gen), j.last().diskFile)
+	}
+	if err == nil && !ours {
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
 	}
-	return j.closed
+	return cmp.Or(err, j.closed)
 }
 
 // bad reports whether a file is not to be trusted. mu is held.
@@ -889,7 +893,9 @@ func parseRecord(line []byte) (rec record) {
 			return rec
 		}
 	}
-	rec.size, rec.line = min(end+1, len(line)), line[:end]
+	if rec.size, rec.line = end, line[:end]; at(line, end) == '\n' {
+		rec.size++
+	}
 	head, event, _ := bytes.Cut(line[9:end], []byte(`,"event":`)) // in a string the quotes would be escaped
 	rec.event = bytes.TrimSuffix(event, []byte("}"))
 	scan(head, 0, nesting, func(name []byte, i int) int {
@@ -923,6 +929,7 @@ func parseRecord(line []byte) (rec record) {
 type disk interface {
 	mkdir(dir string) error
 	list(dir string) ([]fs.DirEntry, error)
+	holds(path string, file diskFile) (bool, error) // the name is that of the file still
 	open(path string, flag int) (diskFile, error)
 	rename(from, to string) error
 	remove(path string) error
@@ -951,6 +958,12 @@ func (osDisk) list(dir string) ([]fs.DirEntry, error)       { return os.ReadDir(
 func (osDisk) open(path string, flag int) (diskFile, error) { return os.OpenFile(path, flag, 0o600) }
 func (osDisk) rename(from, to string) error                 { return os.Rename(from, to) }
 func (osDisk) remove(path string) error                     { return os.Remove(path) }
+
+func (osDisk) holds(path string, file diskFile) (bool, error) {
+	there, err := os.Stat(path)
+	here, hereErr := file.(*os.File).Stat()
+	return os.SameFile(there, here), cmp.Or(err, hereErr)
+}
 
 // syncDir makes the names in dir durable. Windows has no call for that.
 func (osDisk) syncDir(dir string) error {

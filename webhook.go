@@ -432,6 +432,7 @@ type task struct {
 
 	next    *task // of the same case, to run after this one
 	attempt int
+	start   time.Time   // of the attempt
 	timer   *time.Timer // ends the waiting; nil until it, or its Done, has failed
 	told    bool        // it was reported as Unfinished
 	ended   bool        // nothing is left to do but to record result
@@ -675,6 +676,7 @@ func (r *Receiver) work() {
 		t.state = running
 		if !t.ended {
 			t.attempt++
+			t.start = time.Now()
 		}
 		r.mu.Unlock()
 		if t.ended {
@@ -695,7 +697,6 @@ func growStack() {
 
 // run makes one attempt at t.
 func (r *Receiver) run(t *task) {
-	start := time.Now()
 	outcome, err := Retrying, errGoexit // unless the callback returns
 	var drift error
 	defer func() {
@@ -705,7 +706,7 @@ func (r *Receiver) run(t *task) {
 		if outcome == Retrying && drift != nil {
 			err = errors.Join(err, drift)
 		}
-		r.finish(t, Observation{outcome, t.env, t.env.Raw, t.attempt, time.Since(start), err})
+		r.finish(t, Observation{outcome, t.env, t.env.Raw, t.attempt, time.Since(t.start), err})
 	}()
 	outcome, err = r.cb.call(&callbackContext{r.alive, t.ctx}, t.env, &drift)
 }
@@ -910,9 +911,11 @@ func (r *Receiver) abandon(reason error) {
 		}
 	}
 	r.mu.Unlock()
-	tell := func(t *task) { r.observe(t.ctx, Observation{Unfinished, t.env, t.env.Raw, t.attempt, 0, reason}) }
+	tell := func(t *task, elapsed time.Duration) {
+		r.observe(t.ctx, Observation{Unfinished, t.env, t.env.Raw, t.attempt, elapsed, reason})
+	}
 	for _, t := range cut { // first, since a store may be slow
-		tell(t)
+		tell(t, time.Since(t.start))
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
@@ -927,7 +930,7 @@ func (r *Receiver) abandon(reason error) {
 					_ = r.done(&callbackContext{ctx, t.ctx}, t, t.result)
 				}
 				if !t.ended {
-					tell(t)
+					tell(t, 0)
 				}
 			})
 		}
