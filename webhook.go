@@ -206,7 +206,8 @@ func WithConcurrency(n int) Option {
 }
 
 // WithBacklog sets how many accepted events are held in memory, running ones included, at least 1; the default is
-// 1024. As many again may be held that have failed and will be tried again. When the backlog is full, an Inbox keeps
+// 1024. As many again may be held that have failed and will be tried again. Events that wait for an earlier one of their
+// case take room, too, so a case that is stuck with as many holds up the others. When the backlog is full, an Inbox keeps
 // what comes, in the order in which it was stored; with a plain Deduper up to n deliveries wait for room, 5 s at most.
 // Those that wait in vain, and at once any beyond them, get ErrBusy, a 503.
 func WithBacklog(n int) Option {
