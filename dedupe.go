@@ -559,9 +559,10 @@ func (j *Journal) owns() error {
 	if err != nil {
 		return err
 	}
-	ours := slices.Max(append(gens, 0)) == j.last().gen
+	last := j.last()
+	ours := slices.Max(append(gens, 0)) == last.gen
 	if ours {
-		ours, err = j.disk.holds(j.path(j.last().gen), j.last().diskFile)
+		ours, err = j.disk.holds(j.path(last.gen), last.diskFile)
 	}
 	if err == nil && !ours {
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
@@ -893,7 +894,8 @@ func parseRecord(line []byte) (rec record) {
 			return rec
 		}
 	}
-	if rec.size, rec.line = end, line[:end]; at(line, end) == '\n' {
+	rec.size, rec.line = end, line[:end]
+	if at(line, end) == '\n' { // else the next record may start here
 		rec.size++
 	}
 	head, event, _ := bytes.Cut(line[9:end], []byte(`,"event":`)) // in a string the quotes would be escaped

@@ -920,20 +920,21 @@ func (r *Receiver) abandon(reason error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
+	end := func(t *task) {
+		if !t.ended {
+			t.result = ErrClosed
+		}
+		if ctx.Err() == nil {
+			_ = r.done(&callbackContext{ctx, t.ctx}, t, t.result)
+		}
+		if !t.ended {
+			tell(t, 0)
+		}
+	}
 	for some := range slices.Chunk(waiting, r.concurrency) {
 		var ending sync.WaitGroup
 		for _, t := range some {
-			ending.Go(func() {
-				if !t.ended {
-					t.result = ErrClosed
-				}
-				if ctx.Err() == nil {
-					_ = r.done(&callbackContext{ctx, t.ctx}, t, t.result)
-				}
-				if !t.ended {
-					tell(t, 0)
-				}
-			})
+			ending.Go(func() { end(t) })
 		}
 		ending.Wait()
 	}
