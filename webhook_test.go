@@ -3765,7 +3765,7 @@ type diskProcess struct {
 	struck int      // how many have failed
 	dead   bool
 	held   map[string]int              // open files, by path
-	hook   func(op, path string) error // called before an operation that changes something; an error is its outcome
+	hook   func(op, path string) error // called before a stat and what changes something; an error is its outcome
 }
 
 func (m *diskMedium) process() *diskProcess {
@@ -3875,9 +3875,16 @@ type diskEntry struct {
 func (e diskEntry) Name() string { return e.name }
 
 func (p *diskProcess) holds(path string, file diskFile) (bool, error) {
+	if err := p.before("stat", path); err != nil {
+		return false, err
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.names[path] == file.(*diskHandle).node, p.step("stat", path)
+	err := p.step("stat", path)
+	if err == nil && p.names[path] == nil {
+		err = &fs.PathError{Op: "stat", Path: path, Err: fs.ErrNotExist}
+	}
+	return err == nil && p.names[path] == file.(*diskHandle).node, err
 }
 
 func (p *diskProcess) open(path string, flag int) (diskFile, error) {
@@ -6279,7 +6286,11 @@ func (v *modelView) list(dir string) (entries []fs.DirEntry, err error) {
 func (v *modelView) holds(path string, file diskFile) (bool, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return v.names[path] == file.(*modelHandle).file, v.check("stat", path)
+	err := v.check("stat", path)
+	if err == nil && v.names[path] == nil {
+		err = &fs.PathError{Op: "stat", Path: path, Err: fs.ErrNotExist}
+	}
+	return err == nil && v.names[path] == file.(*modelHandle).file, err
 }
 
 func (v *modelView) open(path string, flag int) (diskFile, error) {
@@ -7317,6 +7328,47 @@ func TestRow17CopyOfALaterOwner(t *testing.T) {
 	}
 	if d.names[path] == nil {
 		t.Error("it is gone")
+	}
+}
+
+// A later owner whose own first file has gone in a compaction is noticed, also where the earlier one's file could not be
+// removed before that, and where all of it happens between two looks at the directory.
+func TestRow17LaterOwnerHasCompacted(t *testing.T) {
+	for _, when := range []string{"before", "before, and the earlier file stays", "meanwhile"} {
+		t.Run(when, func(t *testing.T) {
+			medium := newDisk()
+			first, second := medium.process(), medium.process()
+			a := openOn(t, first, 0)
+			earlier := a.path(a.last().gen)
+			stays := strings.HasSuffix(when, "stays")
+			second.failWhere(func(op, path string) bool { return stays && op == "remove" && path == earlier })
+			takeOver := func() {
+				b := openOn(t, second, 0)
+				for range 2 {
+					if err := journalCompact(b); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if (medium.names[earlier] != nil) != stays {
+					t.Fatal("the earlier file is not as the test wants it")
+				}
+			}
+			if looks := 0; when != "meanwhile" {
+				takeOver()
+			} else {
+				first.hook = func(op, _ string) error {
+					if op == "stat" {
+						if looks++; looks == 2 {
+							takeOver()
+						}
+					}
+					return nil
+				}
+			}
+			if fresh, err := a.Claim(t.Context(), journalEvent("evt_1", 0, 0)); fresh || !errors.Is(err, ErrClosed) {
+				t.Errorf("the earlier owner claims: %v, %v", fresh, err)
+			}
+		})
 	}
 }
 
