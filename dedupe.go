@@ -318,6 +318,7 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	if !usableID(env.EventID) {
 		return false, fmt.Errorf("%w: the event_id is unusable", ErrMalformed)
 	}
+	id, _ := json.Marshal(env.EventID)
 	if err := j.lock(); err != nil {
 		return false, named(err)
 	}
@@ -335,7 +336,7 @@ func (j *Journal) Claim(ctx context.Context, env *Envelope) (fresh bool, err err
 	}
 	if fresh {
 		start := len(j.buf)
-		j.buf = appendRecord(j.buf, "id", env.EventID, now.UnixMilli(), env.Raw)
+		j.buf = appendRecord(j.buf, "id", id, now.UnixMilli(), env.Raw)
 		off := j.last().size + int64(start)
 		c = &claim{id: d, group: j.group, before: c, file: j.last(), off: off, size: len(j.buf) - start}
 		j.add(c)
@@ -364,7 +365,8 @@ func (j *Journal) Done(_ context.Context, env *Envelope, result error) error {
 		c.gaveUp = now
 		return nil
 	}
-	j.buf = appendRecord(j.buf, "done", env.EventID, now.UnixMilli(), nil)
+	id, _ := json.Marshal(env.EventID)
+	j.buf = appendRecord(j.buf, "done", id, now.UnixMilli(), nil)
 	if err := j.write(); err != nil {
 		return named(err)
 	}
@@ -798,13 +800,14 @@ func (j *Journal) copyTo(dst *logFile, ids []idTime, claims []*claim) (offs []in
 		_, err = out.Write(line)
 		dst.size += int64(len(line))
 	}
+	var halves, buf []byte
 	for block := range slices.Chunk(ids, 1024) {
-		digests := make([]byte, 0, len(block)*len(digest{}))
+		halves = append(halves[:0], '"')
 		for _, id := range block {
-			digests = append(digests, id.id[:]...)
+			halves = hex.AppendEncode(halves, id.id[:])
 		}
-		at := int64(block[len(block)-1].at) * 1000
-		write(appendRecord(nil, "sha256", hex.EncodeToString(digests), at, nil))
+		buf = appendRecord(buf[:0], "sha256", append(halves, '"'), int64(block[len(block)-1].at)*1000, nil)
+		write(buf)
 	}
 	for _, c := range claims {
 		j.mu.Lock()
@@ -857,11 +860,10 @@ func checksum(record []byte) (sum [9]byte) {
 	return sum
 }
 
-func appendRecord(buf []byte, kind, value string, at int64, event []byte) []byte {
+func appendRecord(buf []byte, kind string, value []byte, at int64, event []byte) []byte {
 	start := len(buf)
-	quoted, _ := json.Marshal(value)
 	buf = append(append(buf, "00000000 {\""...), kind...)
-	buf = append(append(buf, "\":"...), quoted...)
+	buf = append(append(buf, "\":"...), value...)
 	buf = strconv.AppendInt(append(buf, `,"at":`...), at, 10)
 	if bytes.IndexByte(event, '\n') >= 0 {
 		buf = append(base64.StdEncoding.AppendEncode(append(buf, `,"base64":"`...), event), '"')
@@ -906,7 +908,7 @@ func parseRecord(line []byte) (rec record) {
 		case "id", "done":
 			rec.ids = []digest{digestOf(text(value))}
 		case "sha256":
-			halves, _ := hex.DecodeString(text(value))
+			halves, _ := hex.AppendDecode(nil, bytes.Trim(value, `"`))
 			for ; len(halves) >= len(digest{}); halves = halves[len(digest{}):] {
 				rec.ids = append(rec.ids, digest(halves))
 			}

@@ -4093,7 +4093,7 @@ func newJournalModel(t testing.TB) *journalModel {
 // record returns the line of an event of the model.
 func (m *journalModel) record(id string) []byte {
 	m.bodies[id] = journalEvent(id, 0, 100).Raw
-	return appendRecord(nil, "id", id, 1, m.bodies[id])
+	return appendRecord(nil, "id", strconv.AppendQuote(nil, id), 1, m.bodies[id])
 }
 
 // journalEvent returns an event whose bytes are easily spoiled: by number of another shape, and size bytes larger.
@@ -5197,7 +5197,7 @@ func TestRow17OpenerOvertakes(t *testing.T) {
 
 // An opener that finds its files gone, since a later one has copied them, does not try again: it has lost.
 func TestRow17OvertakenWhileReading(t *testing.T) {
-	record := appendRecord(nil, "id", "evt_1", 1, journalEvent("evt_1", 0, 0).Raw)
+	record := appendRecord(nil, "id", []byte(`"evt_1"`), 1, journalEvent("evt_1", 0, 0).Raw)
 	medium := diskWith(filepath.Join("journal", "events-00000001.log"), record)
 	slow := medium.process()
 	var winner *Journal
@@ -8617,7 +8617,7 @@ func TestLargeEventLeavesMemory(t *testing.T) {
 // A record of a clock that was ahead does not keep the ids behind it for longer than twice the retention.
 func TestClockWasAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ahead := string(appendRecord(nil, "done", "evt_ahead", time.Now().AddDate(10, 0, 0).UnixMilli(), nil))
+		ahead := string(appendRecord(nil, "done", []byte(`"evt_ahead"`), time.Now().AddDate(10, 0, 0).UnixMilli(), nil))
 		medium := diskWith(filepath.Join("journal", "events-00000001.log"), []byte(ahead))
 		j := openOn(t, medium.process(), time.Hour)
 		env := journalClaimed(t, j, "evt_1")
@@ -8641,15 +8641,15 @@ func TestClockWasBehind(t *testing.T) {
 		}
 	}
 	inBubble(t, "at a start", func(t *testing.T) {
-		done := appendRecord(nil, "done", "evt_1", time.Now().Add(2*time.Hour).UnixMilli(), nil)
+		done := appendRecord(nil, "done", []byte(`"evt_1"`), time.Now().Add(2*time.Hour).UnixMilli(), nil)
 		j := openOn(t, diskWith(filepath.Join("journal", "events-00000001.log"), done).process(), 3*time.Hour)
 		time.Sleep(3*time.Hour + time.Minute) // an hour and what the clock was behind
 		remembered(t, j, "evt_1")
 	})
 	inBubble(t, "for one id", func(t *testing.T) {
 		time.Sleep(24 * time.Hour)
-		done := appendRecord(nil, "done", "evt_1", time.Now().Add(-time.Minute).UnixMilli(), nil)
-		done = appendRecord(done, "done", "evt_behind", time.Now().Add(-59*time.Minute).UnixMilli(), nil)
+		done := appendRecord(nil, "done", []byte(`"evt_1"`), time.Now().Add(-time.Minute).UnixMilli(), nil)
+		done = appendRecord(done, "done", []byte(`"evt_behind"`), time.Now().Add(-59*time.Minute).UnixMilli(), nil)
 		medium := diskWith(filepath.Join("journal", "events-00000001.log"), done)
 		openOn(t, medium.process(), time.Hour).Close()
 		time.Sleep(2 * time.Minute)
