@@ -550,22 +550,26 @@ func (j *Journal) settle(g *group, err error) {
 	close(g.synced)
 }
 
-// owns returns an error unless the next even number is free and, looked at after that, the last file has its name still:
-// who takes over makes the file of that number, then reads what was synced before, and removes what it has copied, the
-// oldest file first. mu is held.
+// owns returns an error unless the last file is the newest, and has its name still. Files are made exclusively, under a
+// number that is higher than any, and go when newer ones have all that is alive. So whoever takes over after this look
+// reads what was synced before it. mu is held.
 func (j *Journal) owns() error {
 	if j.closed != nil {
 		return j.closed
 	}
+	gens, err := j.numbers(".log")
+	if err != nil {
+		return err
+	}
 	last := j.last()
-	ours, err := j.disk.holds(j.path(last.gen+2), last.diskFile)
-	if errors.Is(err, fs.ErrNotExist) {
+	ours := slices.Max(append(gens, 0)) == last.gen
+	if ours {
 		ours, err = j.disk.holds(j.path(last.gen), last.diskFile)
 	}
-	if err == nil && !ours || errors.Is(err, fs.ErrNotExist) {
+	if err == nil && !ours {
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
 	}
-	return cmp.Or(j.closed, err)
+	return cmp.Or(err, j.closed)
 }
 
 // bad reports whether a file is not to be trusted. mu is held.
@@ -929,7 +933,7 @@ func parseRecord(line []byte) (rec record) {
 type disk interface {
 	mkdir(dir string) error
 	list(dir string) ([]fs.DirEntry, error)
-	holds(path string, file diskFile) (bool, error) // path is the name of file; fs.ErrNotExist: of none
+	holds(path string, file diskFile) (bool, error) // the name is that of the file still
 	open(path string, flag int) (diskFile, error)
 	rename(from, to string) error
 	remove(path string) error

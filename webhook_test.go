@@ -7355,22 +7355,55 @@ func TestRow17LaterOwnerHasCompacted(t *testing.T) {
 					t.Fatal("the earlier file is not as the test wants it")
 				}
 			}
-			if looks := 0; when != "meanwhile" {
+			if when != "meanwhile" {
 				takeOver()
 			} else {
 				first.hook = func(op, _ string) error {
 					if op == "stat" {
-						if looks++; looks == 2 {
-							takeOver()
-						}
+						first.hook = nil
+						takeOver()
 					}
 					return nil
 				}
 			}
-			if fresh, err := a.Claim(t.Context(), journalEvent("evt_1", 0, 0)); fresh || !errors.Is(err, ErrClosed) {
+			if fresh, err := a.Claim(t.Context(), journalEvent("evt_1", 0, 0)); fresh || err == nil {
 				t.Errorf("the earlier owner claims: %v, %v", fresh, err)
 			}
+			if fresh, err := a.Claim(t.Context(), journalEvent("evt_2", 0, 0)); fresh || !errors.Is(err, ErrClosed) {
+				t.Errorf("and then: %v, %v, want ErrClosed", fresh, err)
+			}
 		})
+	}
+}
+
+// Two that make the first file at once give it any two numbers. The second one may take over only if it has the higher one,
+// and then the first one knows before the second one reads.
+func TestRow17FirstOpenersAtOnce(t *testing.T) {
+	asked := 0
+	for range 40 {
+		medium := newDisk()
+		first, second := medium.process(), medium.process()
+		var a *Journal
+		second.hook = func(op, path string) error {
+			if op != "create" {
+				return nil
+			}
+			if a == nil { // second has listed an empty directory
+				a = openOn(t, first, 0)
+			} else if strings.HasSuffix(path, ".tmp") { // second has read what was there
+				asked++
+				if fresh, err := a.Claim(t.Context(), journalEvent("evt_1", 0, 0)); fresh || !errors.Is(err, ErrClosed) {
+					t.Errorf("the earlier owner claims: %v, %v", fresh, err)
+				}
+			}
+			return nil
+		}
+		if _, err := openJournal(second, "journal", 0); err != nil && !errors.Is(err, ErrClosed) {
+			t.Error("the second one opens:", err)
+		}
+	}
+	if asked == 0 {
+		t.Error("the second one has never taken over")
 	}
 }
 
