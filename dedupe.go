@@ -31,7 +31,7 @@ import (
 
 // Deduper remembers which events have been taken. Its methods are called concurrently, by one receiver or by many that
 // share it, with a context that ends after 5 s, but not when the sender hangs up. They must return then, for the sender
-// waits.
+// waits, and must not panic: outside of a request that ends the process.
 type Deduper interface {
 	// Claim atomically records env.EventID and reports whether it is new. It is called before the 2xx. Together with an
 	// error, fresh is false.
