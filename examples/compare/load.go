@@ -196,7 +196,7 @@ func (p *inProcess) send(client int, e *event) error {
 	return nil
 }
 
-// answer is a ResponseWriter that costs next to nothing.
+// answer is a ResponseWriter that costs next to nothing, but has what that of net/http has.
 type answer struct {
 	header http.Header
 	status int
@@ -214,6 +214,8 @@ func (w *answer) WriteHeader(status int) {
 		w.status = status
 	}
 }
+
+func (w *answer) SetReadDeadline(time.Time) error { return nil }
 
 // tally counts the events that reach the callback. Each must, once.
 type tally struct {
