@@ -3604,7 +3604,7 @@ func compare(b *testing.B, send func(b *testing.B, handler http.Handler)) {
 	}
 }
 
-// benchWriter is a ResponseWriter that costs next to nothing, but has what that of net/http has.
+// benchWriter is a ResponseWriter that costs next to nothing. Like that of net/http it takes a deadline.
 type benchWriter struct {
 	header http.Header
 	status int

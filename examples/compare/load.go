@@ -196,7 +196,7 @@ func (p *inProcess) send(client int, e *event) error {
 	return nil
 }
 
-// answer is a ResponseWriter that costs next to nothing, but has what that of net/http has.
+// answer is a ResponseWriter that costs next to nothing. Like that of net/http it takes a deadline.
 type answer struct {
 	header http.Header
 	status int
