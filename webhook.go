@@ -123,7 +123,7 @@ type Receiver struct {
 // to what it refuses.
 func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	start := time.Now()
-	body, err := r.read(w, req)
+	body, err := r.read(w, req, start.Add(bodyTimeout))
 	fresh, err := r.deliver(req.Context(), start, body, err)
 	switch {
 	case err != nil:
@@ -328,10 +328,9 @@ type refusal int
 
 func (status refusal) Error() string { return "offloadhook: " + http.StatusText(int(status)) }
 
-// read returns the body of a request that may carry an event. The deadline comes before the checks, because net/http
+// read returns the body of a request that may carry an event. The deadline is set before the checks, because net/http
 // drains the body of a request that was refused unread.
-func (r *Receiver) read(w http.ResponseWriter, req *http.Request) (body []byte, err error) {
-	deadline := time.Now().Add(bodyTimeout)
+func (r *Receiver) read(w http.ResponseWriter, req *http.Request, deadline time.Time) (body []byte, err error) {
 	// Without a body, an expiring deadline would cancel the request. Server.ReadTimeout has set one that may be stricter.
 	if req.ContentLength != 0 || req.ProtoMajor > 1 { // HTTP/2 has bodies behind a length of 0, and no such cancelling
 		server, _ := req.Context().Value(http.ServerContextKey).(*http.Server)
