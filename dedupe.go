@@ -566,10 +566,10 @@ func (j *Journal) owns() error {
 	if ours {
 		ours, err = j.disk.holds(j.path(last.gen), last.diskFile)
 	}
-	if err == nil && !ours {
+	if !ours && (err == nil || errors.Is(err, fs.ErrNotExist)) { // a later owner may remove it after the listing
 		j.closed = fmt.Errorf("%w: the journal in %s has been taken over", ErrClosed, j.dir)
 	}
-	return cmp.Or(err, j.closed)
+	return cmp.Or(j.closed, err)
 }
 
 // bad reports whether a file is not to be trusted. mu is held.
