@@ -33,6 +33,7 @@ type Replicas struct {
 	Duplicates float64             // how many of the events are sent a second time: at once, or up to a second later
 	Handling   time.Duration       // a callback takes up to this long
 	KillEvery  time.Duration       // one replica is killed -9 and started again, in turn; 0 means never
+	Gently     bool                // instead of being killed it is told to end, as in a deploy
 	Disturb    func() error        // is called when half of the events are sent: to restart the database
 	Left       func() (int, error) // how many events the store has that are not done
 	Patience   time.Duration       // for Left to return 0 and the last callback to return, when all is sent
@@ -161,6 +162,14 @@ func (r *Replicas) tryStart(log string) (*replica, error) {
 	return p, nil
 }
 
+// end tells p to end, and waits for that.
+func (p *replica) end(t *testing.T) {
+	p.stdin.Close()
+	if err := p.cmd.Wait(); err != nil && !t.Failed() {
+		t.Errorf("a replica that was told to end: %v: %s", err, p.err.String())
+	}
+}
+
 // Run runs the test.
 func (r Replicas) Run(t *testing.T) Report {
 	f, err := os.CreateTemp(t.TempDir(), "log")
@@ -191,10 +200,7 @@ func (r Replicas) Run(t *testing.T) Report {
 	killer.Wait()
 	run.await(t)
 	for _, p := range run.replicas {
-		p.stdin.Close()
-		if err := p.cmd.Wait(); err != nil && !t.Failed() {
-			t.Errorf("a replica that was told to end: %v: %s", err, p.err.String())
-		}
+		p.end(t)
 	}
 	run.check(t)
 	slices.Sort(run.report.Acknowledged)
@@ -227,15 +233,18 @@ func (run *replicasRun) kill(t *testing.T, sent <-chan struct{}) {
 		case <-time.After(run.KillEvery):
 		}
 		p := run.replicas[i]
-		if err := p.cmd.Process.Kill(); err != nil {
+		if run.Gently {
+			p.end(t)
+		} else if err := p.cmd.Process.Kill(); err != nil {
 			t.Error(err)
 			return
+		} else {
+			_ = p.cmd.Wait()
+			p.stdin.Close()
 		}
-		_ = p.cmd.Wait()
-		p.stdin.Close()
 		next, err := run.start(run.log)
 		run.mu.Lock()
-		run.killed[p.cmd.Process.Pid] = true
+		run.killed[p.cmd.Process.Pid] = !run.Gently
 		run.report.Kills++
 		if err == nil {
 			run.replicas[i] = next
@@ -397,10 +406,11 @@ func (run *replicasRun) check(t *testing.T) {
 					n.id, before, latest[place{caseID, before}])
 			}
 		}
-		if run.KillEvery == 0 && running[caseID] != "" {
+		orderly := run.KillEvery == 0 || run.Gently
+		if orderly && running[caseID] != "" {
 			t.Errorf("%s starts while %s is running", n.id, running[caseID])
 		}
-		if run.KillEvery == 0 && n.id <= last[caseID] {
+		if orderly && n.id <= last[caseID] {
 			t.Errorf("%s starts after %s", n.id, last[caseID])
 		}
 		runs[n.id], latest[place{caseID, n.pid}] = n.pid, n.id

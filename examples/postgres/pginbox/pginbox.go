@@ -1,9 +1,10 @@
 // Package pginbox is an offloadhook.Inbox on PostgreSQL that several replicas share.
 //
 // Each open Inbox is an owner. It shows that it lives by a session that holds an advisory lock: when its process dies,
-// the connection breaks, the lock is free, and another owner takes over its events. A slow owner keeps the lock, and
-// its events, however long its callbacks take. A lock that is free is not taken for a death at once, but after six
-// looks, a second apart, because a restart of the database frees all of them: meanwhile the living take theirs again.
+// or stands still for 10 s, the connection breaks, the lock is free, and another owner takes over its events. A slow
+// owner keeps the lock, and its events, however long its callbacks take. A lock that is free is not taken for a death
+// at once, but after six looks, a second apart, because a restart of the database frees all of them: meanwhile the
+// living take theirs again.
 //
 // The events of a case that has unfinished ones go to the owner of those, whichever replica received them, so that they
 // run in order; that is why Claim may answer "not fresh", and the sender get a 200, for an event that is new. Forward
@@ -501,6 +502,9 @@ func (in *Inbox) session(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// A process that stands still keeps its connection, and so its lock. PostgreSQL before 14 has no such setting, which
+	// is no reason to fail.
+	_, _ = conn.Exec(within, `SET idle_session_timeout = '10s'`)
 	if _, err := conn.Exec(within, `SELECT pg_advisory_lock($1, $2)`, int32(in.table), in.owner); err != nil {
 		return err
 	}

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -98,6 +99,26 @@ func TestReplicas(t *testing.T) {
 		}
 		checkAudit(t, url, report)
 	})
+	// One is told to end every two seconds: no callback runs twice, nor out of order.
+	t.Run("deploys", func(t *testing.T) {
+		url := auditedDatabase(t)
+		report := dedupetest.Replicas{
+			Env:        []string{urlEnv + "=" + url},
+			Count:      3,
+			Events:     3000,
+			Rate:       300,
+			Duplicates: 0.2,
+			Handling:   200 * time.Millisecond,
+			KillEvery:  2 * time.Second,
+			Gently:     true,
+			Left:       func() (int, error) { return left(t, url), nil },
+			Patience:   time.Minute,
+		}.Run(t)
+		if report.Kills < 2 {
+			t.Errorf("%d replicas were told to end: this has not tested what it should", report.Kills)
+		}
+		checkAudit(t, url, report)
+	})
 	// None dies: the events of a case run in order, though each replica receives only every third.
 	t.Run("order", func(t *testing.T) {
 		url := auditedDatabase(t)
@@ -152,25 +173,47 @@ func TestKilled(t *testing.T) {
 	heir := newReceiver(t, url, tidyEvery)
 	for i := range rounds(t, 1) {
 		id := fmt.Sprintf("evt_%d", i)
-		child := exec.Command(os.Args[0])
-		child.Env = append(os.Environ(), urlEnv+"="+url, hangEnv+"="+id)
-		child.Stderr = os.Stderr
-		stdout, err := child.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := child.Start(); err != nil {
-			t.Fatal(err)
-		}
-		if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "running\n" {
-			t.Fatalf("the child says %q: %v", line, err)
-		}
+		child := startHanging(t, url, id)
 		_ = child.Process.Kill()
 		_ = child.Wait()
 		killed := time.Now()
 		heir.await(t, id)
 		t.Logf("taken over after %v", time.Since(killed).Round(100*time.Millisecond))
 	}
+}
+
+// TestFrozen stops a process in the middle of a callback, but does not end it: another runs the event.
+func TestFrozen(t *testing.T) {
+	url := pgtest.EmptySchema(t)
+	heir := newReceiver(t, url, tidyEvery)
+	child := startHanging(t, url, "evt_0")
+	defer func() {
+		_ = child.Process.Kill()
+		_ = child.Wait()
+	}()
+	if err := child.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	heir.await(t, "evt_0")
+}
+
+// startHanging returns a process in the middle of the callback of an event.
+func startHanging(t *testing.T, url, id string) *exec.Cmd {
+	t.Helper()
+	child := exec.Command(os.Args[0])
+	child.Env = append(os.Environ(), urlEnv+"="+url, hangEnv+"="+id)
+	child.Stderr = os.Stderr
+	stdout, err := child.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "running\n" {
+		t.Fatalf("the child says %q: %v", line, err)
+	}
+	return child
 }
 
 // hangEnv makes the test binary a process whose callback does not return; its value is the id of the event.

@@ -108,6 +108,26 @@ func TestReplicas(t *testing.T) {
 		}
 		checkAudit(t, s, report)
 	})
+	// One is told to end every two seconds: no callback runs twice, nor out of order.
+	t.Run("deploys", func(t *testing.T) {
+		s := redistest.New(t)
+		report := dedupetest.Replicas{
+			Env:        []string{urlEnv + "=" + s.URL()},
+			Count:      3,
+			Events:     3000,
+			Rate:       300,
+			Duplicates: 0.2,
+			Handling:   200 * time.Millisecond,
+			KillEvery:  2 * time.Second,
+			Gently:     true,
+			Left:       func() (int, error) { return left(s) },
+			Patience:   time.Minute,
+		}.Run(t)
+		if report.Kills < 2 {
+			t.Errorf("%d replicas were told to end: this has not tested what it should", report.Kills)
+		}
+		checkAudit(t, s, report)
+	})
 	// None dies: the events of a case run in order, though each replica receives only every third.
 	t.Run("order", func(t *testing.T) {
 		s := redistest.New(t)
