@@ -14,8 +14,8 @@
 //     once, whatever happens to the process.
 //  2. The sender never waits for your code. The 2xx goes out before the callback finishes.
 //  3. One id, one handling. Once a callback has returned nil and that is recorded, it is not called for the same
-//     event_id again. Only a crash, the loss of the store, or a stall longer than a shared store's lease, between
-//     return and record, can make it run again: make callbacks idempotent.
+//     event_id again, as long as the store remembers it. Only a crash or the loss of the store between return and
+//     record, or a stall longer than a shared store's lease, can make it run again: make callbacks idempotent.
 //  4. A failed callback is tried again here, since Offload will not send again.
 //  5. One case, in order. Within a receiver, events of one caseId run one at a time, in the order in which they were
 //     accepted; different cases run side by side. An event that is given up loses its place.

@@ -1989,6 +1989,35 @@ func TestSameIDAtOnce(t *testing.T) {
 	}
 }
 
+// TestSameIDOtherPayload: the first is kept, while its callback runs and after that.
+func TestSameIDOtherPayload(t *testing.T) {
+	for name, open := range map[string]func(*testing.T) []Option{
+		"Memory":  func(*testing.T) []Option { return nil },
+		"Journal": func(t *testing.T) []Option { return []Option{WithInbox(openOn(t, newDisk().process(), 0))} },
+	} {
+		inBubble(t, name, func(t *testing.T) {
+			const first, other = `{"event_id":"evt_1","data":{"n":1}}`, `{"event_id":"evt_1","data":{"n":2}}`
+			var got []string
+			r := newRig(t, func(_ context.Context, env *Envelope) error {
+				got = append(got, string(env.Raw))
+				time.Sleep(time.Minute)
+				return nil
+			}, append(open(t), WithDeduper(new(Memory)))...)
+			synctest.Wait()
+			for _, delivery := range []struct {
+				body string
+				want int
+			}{{first, http.StatusAccepted}, {other, http.StatusOK}, {other, http.StatusOK}} {
+				answer := httptest.NewRecorder()
+				r.ServeHTTP(answer, httptest.NewRequest("POST", "/", strings.NewReader(delivery.body)))
+				expectEqual(t, "answer to "+delivery.body, answer.Code, delivery.want)
+				time.Sleep(40 * time.Second)
+			}
+			expectEqual(t, "callbacks", strings.Join(got, ", "), first)
+		})
+	}
+}
+
 // TestShutdown drains, and at the end of its context cancels and reports.
 func TestShutdown(t *testing.T) {
 	inBubble(t, "drains", func(t *testing.T) {
