@@ -229,7 +229,8 @@ func (r *reconciler) round(ctx context.Context, ids []string) error {
 	return err
 }
 
-// settle waits until the journal holds nothing that is to be handled. What was given up stays in it for later.
+// settle waits until the journal holds nothing that is to be handled. What was given up stays in it for later. An error
+// of Pending that is met here never reaches the observer, so it is that of the program.
 func settle(ctx context.Context, journal offloadhook.Inbox) error {
 	for {
 		waiting := false
