@@ -1991,9 +1991,9 @@ func TestSameIDAtOnce(t *testing.T) {
 
 // TestSameIDOtherPayload: the first is kept, while its callback runs and after that.
 func TestSameIDOtherPayload(t *testing.T) {
-	for name, open := range map[string]func(*testing.T) []Option{
-		"Memory":  func(*testing.T) []Option { return nil },
-		"Journal": func(t *testing.T) []Option { return []Option{WithInbox(openOn(t, newDisk().process(), 0))} },
+	for name, open := range map[string]func(*testing.T) Option{
+		"Memory":  func(*testing.T) Option { return WithDeduper(new(Memory)) },
+		"Journal": func(t *testing.T) Option { return WithInbox(openOn(t, newDisk().process(), 0)) },
 	} {
 		inBubble(t, name, func(t *testing.T) {
 			const first, other = `{"event_id":"evt_1","data":{"n":1}}`, `{"event_id":"evt_1","data":{"n":2}}`
@@ -2002,7 +2002,7 @@ func TestSameIDOtherPayload(t *testing.T) {
 				got = append(got, string(env.Raw))
 				time.Sleep(time.Minute)
 				return nil
-			}, append(open(t), WithDeduper(new(Memory)))...)
+			}, open(t))
 			synctest.Wait()
 			for _, delivery := range []struct {
 				body string

@@ -43,32 +43,41 @@ type Replicas struct {
 type Report struct {
 	Acknowledged []string // the ids that got a 2xx, sorted
 	Refused      int      // deliveries that got none: each was sent again, to the next replica
-	Kills        int
-	Reruns       int // callbacks that ran again, because their replica was killed before they were recorded
+	Kills        int      // or ends, if Gently
+	Reruns       int      // callbacks that ran again, because their replica was killed before they were recorded
 }
 
 const (
 	replicaEnv  = "OFFLOADHOOK_REPLICA_LOG"      // the file in which the replicas note what they do
 	handlingEnv = "OFFLOADHOOK_REPLICA_HANDLING" // Replicas.Handling
+	hangingEnv  = "OFFLOADHOOK_REPLICA_HANGING"  // the event of StartHanging
 	perCase     = 10
 )
 
-// ServeReplica makes this process a replica, and ends it, if Replicas has started it; otherwise it does nothing. serve
-// returns the receiver, on the store under test, and what closes the store.
-func ServeReplica(serve func(offloadhook.Callbacks, ...offloadhook.Option) (*offloadhook.Receiver, io.Closer, error)) {
-	name := os.Getenv(replicaEnv)
-	if name == "" {
+// serveFunc is the type of what ServeReplica is given.
+type serveFunc = func(offloadhook.Callbacks, ...offloadhook.Option) (*offloadhook.Receiver, io.Closer, error)
+
+// ServeReplica makes this process a replica, and ends it, if Replicas or StartHanging has started it; otherwise it does
+// nothing. serve returns the receiver, on the store under test, and what closes the store.
+func ServeReplica(serve serveFunc) {
+	name, id := os.Getenv(replicaEnv), os.Getenv(hangingEnv)
+	var err error
+	switch {
+	case name != "":
+		err = serveReplica(name, serve)
+	case id != "":
+		err = hang(id, serve)
+	default:
 		return
 	}
-	if err := serveReplica(name, serve); err != nil {
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "replica:", err)
 		os.Exit(1)
 	}
 	os.Exit(0)
 }
 
-func serveReplica(name string,
-	serve func(offloadhook.Callbacks, ...offloadhook.Option) (*offloadhook.Receiver, io.Closer, error)) error {
+func serveReplica(name string, serve serveFunc) error {
 	handling, err := time.ParseDuration(os.Getenv(handlingEnv))
 	if err != nil {
 		return err
@@ -114,6 +123,41 @@ func serveReplica(name string,
 	return err
 }
 
+// inCallback is what a process says that StartHanging has started.
+const inCallback = "running\n"
+
+// hang delivers an event whose callback does not return.
+func hang(id string, serve serveFunc) error {
+	receiver, _, err := serve(offloadhook.Callbacks{
+		Other: func(context.Context, *offloadhook.Envelope) error {
+			fmt.Print(inCallback)
+			select {}
+		},
+	})
+	if err != nil {
+		return err
+	}
+	if fresh, err := receiver.Deliver(context.Background(), []byte(ofCase(id, id))); !fresh {
+		return fmt.Errorf("the event is not new: %w", err)
+	}
+	select {}
+}
+
+// StartHanging starts a process, with env besides the environment, that is in the middle of the callback of the event id
+// when it returns. It is killed at the end of the test, if not before that.
+func StartHanging(t *testing.T, id string, env ...string) *os.Process {
+	t.Helper()
+	p, line, err := startReplica(append(env, hangingEnv+"="+id))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = p.kill() })
+	if line != inCallback {
+		t.Fatalf("the process says %q", line)
+	}
+	return p.cmd.Process
+}
+
 // replica is a process that was started.
 type replica struct {
 	cmd   *exec.Cmd
@@ -133,33 +177,46 @@ func (r *Replicas) start(log string) (*replica, error) {
 }
 
 func (r *Replicas) tryStart(log string) (*replica, error) {
-	program, err := os.Executable()
+	p, address, err := startReplica(append(slices.Clone(r.Env), replicaEnv+"="+log, handlingEnv+"="+r.Handling.String()))
 	if err != nil {
 		return nil, err
-	}
-	p := &replica{cmd: exec.Command(program)}
-	p.cmd.Env = append(append(os.Environ(), r.Env...), replicaEnv+"="+log, handlingEnv+"="+r.Handling.String())
-	p.cmd.Stderr = &p.err
-	stdin, err := p.cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
-	p.stdin = stdin
-	stdout, err := p.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := p.cmd.Start(); err != nil {
-		return nil, err
-	}
-	address, err := bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		_ = p.cmd.Process.Kill()
-		_ = p.cmd.Wait()
-		return nil, fmt.Errorf("a replica does not start: %w: %s", err, p.err.String())
 	}
 	p.url = "http://" + strings.TrimSpace(address)
 	return p, nil
+}
+
+// startReplica starts this program with env besides the environment, and returns the first line that it says.
+func startReplica(env []string) (p *replica, line string, err error) {
+	program, err := os.Executable()
+	if err != nil {
+		return nil, "", err
+	}
+	p = &replica{cmd: exec.Command(program)}
+	p.cmd.Env = append(os.Environ(), env...)
+	p.cmd.Stderr = &p.err
+	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
+		return nil, "", err
+	}
+	stdout, err := p.cmd.StdoutPipe()
+	if err != nil {
+		return nil, "", err
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, "", err
+	}
+	if line, err = bufio.NewReader(stdout).ReadString('\n'); err != nil {
+		_ = p.kill()
+		return nil, "", fmt.Errorf("a replica does not start: %w: %s", err, p.err.String())
+	}
+	return p, line, nil
+}
+
+// kill kills p, and waits for that.
+func (p *replica) kill() error {
+	err := p.cmd.Process.Kill()
+	_ = p.cmd.Wait()
+	p.stdin.Close()
+	return err
 }
 
 // end tells p to end, and waits for that.
@@ -235,12 +292,9 @@ func (run *replicasRun) kill(t *testing.T, sent <-chan struct{}) {
 		p := run.replicas[i]
 		if run.Gently {
 			p.end(t)
-		} else if err := p.cmd.Process.Kill(); err != nil {
+		} else if err := p.kill(); err != nil {
 			t.Error(err)
 			return
-		} else {
-			_ = p.cmd.Wait()
-			p.stdin.Close()
 		}
 		next, err := run.start(run.log)
 		run.mu.Lock()
@@ -390,6 +444,7 @@ func (run *replicasRun) check(t *testing.T) {
 	latest := make(map[place]string)   // by case and process: the event that started last
 	running := make(map[string]string) // by case
 	last := make(map[string]string)    // by case
+	orderly := run.KillEvery == 0 || run.Gently
 	for _, n := range run.notes(t) {
 		caseID := n.id[:strings.LastIndex(n.id, "_")]
 		if n.what == "end" {
@@ -406,7 +461,6 @@ func (run *replicasRun) check(t *testing.T) {
 					n.id, before, latest[place{caseID, before}])
 			}
 		}
-		orderly := run.KillEvery == 0 || run.Gently
 		if orderly && running[caseID] != "" {
 			t.Errorf("%s starts while %s is running", n.id, running[caseID])
 		}

@@ -1,7 +1,6 @@
 package pginbox
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -11,7 +10,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"regexp"
 	"slices"
 	"strconv"
@@ -42,9 +40,6 @@ func TestMain(m *testing.M) {
 		in.Forward(receiver.Deliver)
 		return receiver, in, nil
 	})
-	if id := os.Getenv(hangEnv); id != "" {
-		hang(id)
-	}
 	os.Exit(pgtest.Main(m))
 }
 
@@ -173,9 +168,9 @@ func TestKilled(t *testing.T) {
 	heir := newReceiver(t, url, tidyEvery)
 	for i := range rounds(t, 1) {
 		id := fmt.Sprintf("evt_%d", i)
-		child := startHanging(t, url, id)
-		_ = child.Process.Kill()
-		_ = child.Wait()
+		child := dedupetest.StartHanging(t, id, urlEnv+"="+url)
+		_ = child.Kill()
+		_, _ = child.Wait()
 		killed := time.Now()
 		heir.await(t, id)
 		t.Logf("taken over after %v", time.Since(killed).Round(100*time.Millisecond))
@@ -186,54 +181,11 @@ func TestKilled(t *testing.T) {
 func TestFrozen(t *testing.T) {
 	url := pgtest.EmptySchema(t)
 	heir := newReceiver(t, url, tidyEvery)
-	child := startHanging(t, url, "evt_0")
-	defer func() {
-		_ = child.Process.Kill()
-		_ = child.Wait()
-	}()
-	if err := child.Process.Signal(syscall.SIGSTOP); err != nil {
+	child := dedupetest.StartHanging(t, "evt_0", urlEnv+"="+url)
+	if err := child.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	heir.await(t, "evt_0")
-}
-
-// startHanging returns a process in the middle of the callback of an event.
-func startHanging(t *testing.T, url, id string) *exec.Cmd {
-	t.Helper()
-	child := exec.Command(os.Args[0])
-	child.Env = append(os.Environ(), urlEnv+"="+url, hangEnv+"="+id)
-	child.Stderr = os.Stderr
-	stdout, err := child.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := child.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "running\n" {
-		t.Fatalf("the child says %q: %v", line, err)
-	}
-	return child
-}
-
-// hangEnv makes the test binary a process whose callback does not return; its value is the id of the event.
-const hangEnv = "PGINBOX_TEST_HANG"
-
-func hang(id string) {
-	in, err := Open(context.Background(), os.Getenv(urlEnv), 0)
-	if err != nil {
-		panic(err)
-	}
-	receiver := offloadhook.Handler(offloadhook.Callbacks{
-		Other: func(context.Context, *offloadhook.Envelope) error {
-			fmt.Println("running")
-			select {}
-		},
-	}, offloadhook.WithInbox(in))
-	if fresh, err := receiver.Deliver(context.Background(), newEvent(id, id).Raw); !fresh {
-		panic(err)
-	}
-	select {}
 }
 
 // TestSlow leaves an event unfinished for longer than it takes to find a dead owner: its owner keeps it.

@@ -1,7 +1,6 @@
 package redisinbox
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -12,7 +11,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -43,9 +41,6 @@ func TestMain(m *testing.M) {
 		in.Forward(receiver.Deliver)
 		return receiver, in, nil
 	})
-	if id := os.Getenv(hangEnv); id != "" {
-		hang(id)
-	}
 	logging.Disable() // of each server that is not there
 	os.Exit(m.Run())
 }
@@ -186,45 +181,13 @@ func TestKilled(t *testing.T) {
 	heir := newReceiver(t, s)
 	for i := range rounds(t, 1) {
 		id := fmt.Sprintf("evt_%d", i)
-		child := exec.Command(os.Args[0])
-		child.Env = append(os.Environ(), urlEnv+"="+s.URL(), hangEnv+"="+id)
-		child.Stderr = os.Stderr
-		stdout, err := child.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := child.Start(); err != nil {
-			t.Fatal(err)
-		}
-		if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "running\n" {
-			t.Fatalf("the child says %q: %v", line, err)
-		}
-		_ = child.Process.Kill()
-		_ = child.Wait()
+		child := dedupetest.StartHanging(t, id, urlEnv+"="+s.URL())
+		_ = child.Kill()
+		_, _ = child.Wait()
 		killed := time.Now()
 		heir.await(t, id)
 		t.Logf("taken over after %v", time.Since(killed).Round(100*time.Millisecond))
 	}
-}
-
-// hangEnv makes the test binary a process whose callback does not return; its value is the id of the event.
-const hangEnv = "REDISINBOX_TEST_HANG"
-
-func hang(id string) {
-	in, err := Open(context.Background(), os.Getenv(urlEnv), 0)
-	if err != nil {
-		panic(err)
-	}
-	receiver := offloadhook.Handler(offloadhook.Callbacks{
-		Other: func(context.Context, *offloadhook.Envelope) error {
-			fmt.Println("running")
-			select {}
-		},
-	}, offloadhook.WithInbox(in))
-	if fresh, err := receiver.Deliver(context.Background(), newEvent(id, id).Raw); !fresh {
-		panic(err)
-	}
-	select {}
 }
 
 // TestSlow leaves an event unfinished for longer than it takes to find a dead owner: its owner keeps it.
